@@ -1,0 +1,130 @@
+"""What several test files use: runs of the scripts as their users would start them, and small folders of images."""
+
+import ast
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = "--data scenes:32 --arch resnet18 --size 64 --batch-size 8 --group-size 4 --queue-size 24 --workers 0".split()
+TINY += "--lr 0.1 --epochs 3 --print-freq 2".split()
+
+
+def run(script, *flags, processes=0, expect=0, env=None, cwd=ROOT):
+    """Run a script (with torchrun if `processes`), require its exit code, return stdout + stderr."""
+    command = [sys.executable, str(ROOT / script)]
+    if processes:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            "0",
+        ]
+        command += [str(ROOT / script)]
+    done = subprocess.run(
+        [*command, *map(str, flags)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        timeout=400,
+    )
+    text = done.stdout + done.stderr
+    assert done.returncode == expect, text
+    return text
+
+
+def signal_after(script, *flags, line, number, processes=0):
+    """Start a script, send it a signal once its log holds `line` lines, return (exit code, its output)."""
+    folder = pathlib.Path(flags[flags.index("--output-dir") + 1])
+    command = [sys.executable, str(ROOT / script)]
+    if processes:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            str(ROOT / script),
+        ]
+    process = subprocess.Popen(
+        [*command, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    deadline = time.time() + 200
+    while time.time() < deadline and process.poll() is None:
+        log = folder / "log.jsonl"
+        if log.exists() and log.read_text().count("\n") >= line:
+            break
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=100)
+    return process.returncode, output
+
+
+def log_lines(folder):
+    return [json.loads(line) for line in (pathlib.Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def checkpoint(folder):
+    return torch.load(pathlib.Path(folder) / "checkpoint.pth")
+
+
+def assert_same(a, b, path=""):
+    """Bitwise equality of nested dicts, lists and tensors."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def write_images(folder, count, size=(40, 48), seed=0):
+    """A folder of PNG files of random blocks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        block = rng.integers(0, 256, (5, 6, 3), np.uint8)
+        Image.fromarray(block).resize(size, Image.NEAREST).save(folder / f"{i:04}.png")
+    return folder
+
+
+def lifted(script, *names):
+    """Execute the source of some top-level definitions of a script on their own, with only libraries in scope."""
+    import scipy.optimize
+    import torch.nn.functional as F
+
+    source = (ROOT / script).read_text()
+    scope = {
+        "torch": torch,
+        "F": F,
+        "np": np,
+        "nn": torch.nn,
+        "linear_sum_assignment": scipy.optimize.linear_sum_assignment,
+    }
+    wanted = [node for node in ast.parse(source).body if getattr(node, "name", None) in names]
+    assert len(wanted) == len(names)
+    for node in wanted:
+        exec(compile(ast.Module([node], []), script, "exec"), scope)
+    return [scope[name] for name in names]
+
+
+__all__ = ["signal"]

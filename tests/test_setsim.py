@@ -1,0 +1,788 @@
+"""setsim.py: views, matcher, losses and one iteration, each against something independent."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import lifted
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import common
+import setsim
+
+# ----------------------------------------------------------------------------------------------------------------------
+# views and geometry
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def coordinate_image(width=256, height=200):
+    """Pixel (x, y) holds its own place: red x / width, green y / height, in 256 steps, by the pixel's centre."""
+    x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    return Image.fromarray((np.stack([x, y, 0 * x], 2) * 256).astype(np.uint8))
+
+
+@pytest.fixture
+def no_colours(monkeypatch):
+    """Colour operations would change coordinates that are written in colours; crop, resize and flip stay real."""
+    monkeypatch.setattr(setsim.transforms, "ColorJitter", lambda *_: lambda image: image)
+    monkeypatch.setattr(setsim.TF, "rgb_to_grayscale", lambda image, _: image)
+    monkeypatch.setattr(
+        setsim.ImageFilter, "GaussianBlur", lambda _: setsim.ImageFilter.Kernel((3, 3), [0] * 4 + [1] + [0] * 4)
+    )
+
+
+def cell_contents(view, cells):
+    """The mean colour of each cell of a view, as the place (x, y) in the image: (S, 2)."""
+    size = view.shape[1] // cells
+    places = view[:2].float().unfold(1, size, size).unfold(2, size, size).mean((3, 4)) / 256 + 0.5 / 256
+    return places.flatten(1).T
+
+
+@pytest.mark.parametrize("flip_first", [False, True])
+def test_windows_say_where_every_cell_lies(no_colours, flip_first):
+    image, flips = coordinate_image(), []
+    for i in range(40):
+        with common.drawing("test", i):
+            view, window = setsim.random_view(image, 224, flip_first)
+        centres, diagonal = setsim.cell_centres(window[None], 7, 7)
+        assert (centres[0] - cell_contents(view, 7)).abs().max() < 0.012  # three pixels of 256, a cell is 16 at least
+        assert diagonal[0] > 0
+        flips.append(bool(window[0] > window[2]))
+    assert 10 < sum(flips) < 30
+
+
+def test_matched_cells_show_the_same_place(no_colours):
+    image, checked, kinds = coordinate_image(), 0, set()
+    for i in range(60):
+        with common.drawing("pair", i):
+            (view_q, window_q), (view_k, window_k) = (setsim.random_view(image, 224, False) for _ in "qk")
+        near = setsim.geometry_pairs(window_q[None], window_k[None], 7, 7, 0.5)[0]
+        place_q, place_k = cell_contents(view_q, 7), cell_contents(view_k, 7)
+        side_q = (place_q[8] - place_q[0]).abs()
+        side_k = (place_k[8] - place_k[0]).abs()
+        limit = 0.5 * max(side_q.norm(), side_k.norm())
+        distance = torch.cdist(place_q, place_k)
+        sure = (distance - limit).abs() > 0.02  # the colours' rounding
+        assert torch.equal(near[sure], distance[sure] < limit)
+        checked += near.sum().item()
+        kinds.add((bool(window_q[0] > window_q[2]), bool(window_k[0] > window_k[2])))
+    assert checked > 500 and len(kinds) == 4  # neither, one, the other and both views flipped
+
+
+def test_geometry_of_identical_flipped_and_disjoint_views():
+    view, mirror = torch.tensor([[0.1, 0.2, 0.5, 0.6]]), torch.tensor([[0.5, 0.2, 0.1, 0.6]])
+    identity = torch.eye(49, dtype=torch.bool)[None]
+    assert torch.equal(setsim.geometry_pairs(view, view, 7, 7, 0.7), identity)
+    assert torch.equal(setsim.geometry_pairs(mirror, mirror, 7, 7, 0.5), identity)
+    mirrored = identity.view(7, 7, 7, 7).flip(3).reshape(1, 49, 49)
+    assert torch.equal(setsim.geometry_pairs(view, mirror, 7, 7, 0.5), mirrored)
+    assert not setsim.geometry_pairs(view, torch.tensor([[0.6, 0.2, 0.9, 0.6]]), 7, 7, 0.5).any()
+    # PixPro's numbers on a square: 0.72 takes in the four direct neighbours (217 = 49 + 2 * 84)
+    assert setsim.geometry_pairs(view, view, 7, 7, 0.72).sum() == 217
+
+
+def test_geometry_against_a_double_loop():
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.rand(2, 6, 4, generator=generator, dtype=torch.float64)
+    got = setsim.geometry_pairs(windows[0], windows[1], 4, 5, 0.8)
+    for b in range(6):
+        (ax, ay, bx, by), (cx, cy, dx, dy) = windows[0, b].tolist(), windows[1, b].tolist()
+        limit = 0.8 * max(math.hypot((bx - ax) / 5, (by - ay) / 4), math.hypot((dx - cx) / 5, (dy - cy) / 4))
+        for i, j in itertools.product(range(20), range(20)):
+            x = ax + (i % 5 + 0.5) * (bx - ax) / 5 - cx - (j % 5 + 0.5) * (dx - cx) / 5
+            y = ay + (i // 5 + 0.5) * (by - ay) / 4 - cy - (j // 5 + 0.5) * (dy - cy) / 4
+            assert got[b, i, j].item() == (math.hypot(x, y) < limit)
+
+
+def test_views_follow_the_recipe():
+    """Shares and ranges of section 4's MoCo-v2 recipe over many draws: crop area, aspect, flip."""
+    image, windows = Image.new("RGB", (400, 400)), []
+    for i in range(600):
+        with common.drawing("recipe", i):
+            windows.append(setsim.random_view(image, 32, False)[1])
+    x0, y0, x1, y1 = torch.stack(windows).double().T
+    area, aspect = (x1 - x0).abs() * (y1 - y0), (x1 - x0).abs() / (y1 - y0)
+    assert 0.195 < area.min() < 0.25 and area.max() <= 1 and abs(area.mean() - 0.58) < 0.04
+    assert 0.74 < aspect.min() and aspect.max() < 1.35 and aspect.min() < 0.8 and aspect.max() > 1.25
+    assert abs((x0 > x1).double().mean() - 0.5) < 0.07
+
+
+def test_colour_operations_in_the_order_of_each_preset(monkeypatch):
+    seen = []
+    monkeypatch.setattr(setsim.torch, "rand", lambda *_: torch.tensor(0.0))  # every operation happens
+    note = lambda name: lambda image, *_: seen.append(name) or image  # noqa: E731
+    monkeypatch.setattr(setsim.TF, "hflip", note("flip"))
+    monkeypatch.setattr(setsim.TF, "rgb_to_grayscale", note("grey"))
+    monkeypatch.setattr(setsim.transforms, "ColorJitter", lambda *strength: note(f"jitter {strength}"))
+    monkeypatch.setattr(
+        Image.Image, "filter", lambda image, blur: seen.append(f"blur {0.1 <= blur.radius <= 2}") or image
+    )
+    image = Image.new("RGB", (8, 8))
+    setsim.random_view(image, 8, flip_first=False)
+    assert seen == ["jitter (0.4, 0.4, 0.4, 0.1)", "grey", "blur True", "flip"]
+    seen.clear()
+    setsim.random_view(image, 8, flip_first=True)
+    assert seen == ["flip", "jitter (0.4, 0.4, 0.4, 0.1)", "grey", "blur True"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# matcher
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_attention_on_a_worked_example():
+    z = torch.tensor([[[1.0, 0.0, 3.0], [1.0, -1.0, 1.0]]])  # two channels, three cells
+    assert torch.allclose(setsim.attention_map(z), torch.tensor([[(2 - 1) / 3, 0, 1]]))  # sums 2, 1, 4
+    square = torch.tensor([[(1 - 0.5) / 4.5, 0, 1]])  # means of squares 1, 0.5, 5
+    assert torch.allclose(setsim.attention_map(z, "square"), square)
+    assert setsim.threshold_set(setsim.attention_map(z), 0.7).tolist() == [[False, False, True]]
+    assert setsim.threshold_set(setsim.attention_map(z), 0.3).tolist() == [[True, False, True]]
+
+
+def test_threshold_at_its_ends():
+    A = setsim.attention_map(torch.rand(4, 8, 25, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(setsim.threshold_set(A, 1.0), A == A.amax(1, keepdim=True))
+    assert setsim.threshold_set(A, 0.0).all()
+
+
+@pytest.mark.parametrize("percent, count", [(1, 1), (10, 5), (30, 15), (50, 25), (90, 44), (100, 49)])
+def test_ratio_takes_the_highest_cells(percent, count):
+    A = torch.rand(3, 49, generator=torch.Generator().manual_seed(0))
+    for mask, values in zip(setsim.ratio_set(A, percent), A.tolist(), strict=True):
+        assert mask.nonzero()[:, 0].tolist() == sorted(sorted(range(49), key=lambda i, v=values: -v[i])[:count])
+
+
+def test_ratio_ties_go_by_index():
+    A = torch.tensor([[0.5, 1.0, 0.5, 0.5, 0.0, 0.5, 0.5, 0.5, 0.5, 0.5]])
+    assert setsim.ratio_set(A, 30).nonzero()[:, 1].tolist() == [0, 1, 2]
+
+
+def test_a_map_without_contrast_selects_nothing():
+    z = torch.stack([torch.ones(3, 4), torch.arange(12.0).view(3, 4)])
+    A = setsim.attention_map(z)
+    for chosen in (setsim.threshold_set(A, 0.7), setsim.threshold_set(A, 0.0), setsim.ratio_set(A, 30)):
+        assert not chosen[0].any() and chosen[1].any()
+    similarity = torch.rand(2, 4, 4)
+    flat, peaked = setsim.threshold_set(A, 0.7)
+    for set_q, set_k in ((flat, peaked), (peaked, flat)):
+        sets = set_q[None], set_k[None]
+        assert not setsim.set_to_set(*sets, similarity[:1], 0.0, nearest=True).any()
+        assert not setsim.random_pairs(*sets).any()
+        assert not setsim.sorted_pairs(*sets, A[:1], A[1:]).any()
+        assert not setsim.hungarian_pairs(*sets, similarity[:1]).any()
+
+
+def test_cosine_similarity_against_a_loop():
+    z_q, z_k = torch.rand(2, 2, 6, 5, generator=torch.Generator().manual_seed(1))
+    got = setsim.cosine_similarity(z_q, z_k)
+    for b, i, j in itertools.product(range(2), range(5), range(5)):
+        u, v = z_q[b, :, i], z_k[b, :, j]
+        assert got[b, i, j].item() == pytest.approx((u @ v / u.norm() / v.norm()).item(), abs=1e-6)
+
+
+def loop_set_to_set(set_q, set_k, similarity, mu, nearest, kept_at_mu, geometry):
+    """Eqs. 5-7 word by word, with Python sets, for one image."""
+    S, rows = len(set_q), []
+    for i in range(S):
+        row = set()
+        if set_q[i]:
+            a = {j for j in range(S) if set_k[j]}
+            u = {j for j in a if (similarity[i][j] < mu if kept_at_mu else similarity[i][j] <= mu)}
+            row |= a - u
+        if geometry is not None:
+            row |= {j for j in range(S) if geometry[i][j]}
+        if nearest and (row or (set_q[i] and not kept_at_mu)):
+            row |= {max(range(S), key=lambda j, i=i: similarity[i][j])}
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("nearest", [False, True])
+@pytest.mark.parametrize("kept_at_mu", [False, True])
+@pytest.mark.parametrize("mu", [-1.0, 0.0, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("geometry", [False, True])
+def test_set_to_set_against_a_double_loop(nearest, kept_at_mu, mu, geometry):
+    rng = torch.Generator().manual_seed(3)
+    set_q, set_k = torch.rand(2, 8, 9, generator=rng) > 0.6
+    set_k[:, 4] = True
+    similarity = torch.randint(-4, 5, (8, 9, 9), generator=rng) / 4 + torch.rand(8, 9, 9, generator=rng) * 1e-3
+    similarity[:, :, 2] = similarity[:, :, 2].round(decimals=1)  # exact 0 and 0.5 among them
+    similarity[:, 1] = mu - 0.1  # a row that mu empties
+    similarity[:, 1, 7] = mu  # ... but for the value mu itself
+    place = torch.rand(8, 9, 9, generator=rng) > 0.9 if geometry else None
+    got = setsim.set_to_set(set_q, set_k, similarity, mu, nearest, kept_at_mu, place)
+    for b in range(8):
+        where = None if place is None else place[b].tolist()
+        want = loop_set_to_set(set_q[b], set_k[b], similarity[b].tolist(), mu, nearest, kept_at_mu, where)
+        assert [set(row.nonzero()[:, 0].tolist()) for row in got[b]] == want
+
+
+def test_mu_of_zero_removes_only_orthogonal_pairs():
+    """Maps after a ReLU have no negative cosines: the text's mu = 0 fires for exactly orthogonal features alone."""
+    z = torch.tensor([[[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]])
+    everything = torch.ones(1, 3, dtype=torch.bool)
+    c = setsim.set_to_set(everything, everything, setsim.cosine_similarity(z, z), 0.0, nearest=False)
+    assert (~c[0]).nonzero().tolist() == [[0, 1], [1, 0]]
+    z = torch.rand(4, 16, 9).relu() + 0.01
+    everything = torch.ones(4, 9, dtype=torch.bool)
+    assert setsim.set_to_set(everything, everything, setsim.cosine_similarity(z, z), 0.0, nearest=False).all()
+
+
+def pixel_case():
+    rng = torch.Generator().manual_seed(5)
+    A_q, A_k = torch.rand(2, 4, 16, generator=rng)
+    similarity = torch.rand(4, 16, 16, generator=rng)
+    return A_q, A_k, setsim.ratio_set(A_q, 30), setsim.ratio_set(A_k, 30), similarity
+
+
+def assert_one_to_one(c, set_q, set_k):
+    assert torch.equal(c.any(2), set_q) and torch.equal(c.any(1), set_k)
+    assert (c.sum(2) <= 1).all() and (c.sum(1) <= 1).all()
+
+
+def test_random_pairs():
+    _, _, set_q, set_k, _ = pixel_case()
+    draws = [setsim.random_pairs(set_q, set_k, torch.Generator().manual_seed(seed)) for seed in (0, 0, *range(1, 300))]
+    for c in draws:
+        assert_one_to_one(c, set_q, set_k)
+    assert torch.equal(draws[0], draws[1])
+    share = torch.stack(draws).float().mean(0)[set_q[:, :, None] & set_k[:, None, :]]  # five cells: 1/5 each
+    assert share.min() > 0.1 and share.max() < 0.3
+
+
+def test_sorted_pairs_against_python_sort():
+    A_q, A_k, set_q, set_k, _ = pixel_case()
+    c = setsim.sorted_pairs(set_q, set_k, A_q, A_k)
+    assert_one_to_one(c, set_q, set_k)
+    for b in range(4):
+        order_q = sorted(set_q[b].nonzero()[:, 0].tolist(), key=lambda i, b=b: -A_q[b, i])
+        order_k = sorted(set_k[b].nonzero()[:, 0].tolist(), key=lambda i, b=b: -A_k[b, i])
+        assert all(c[b, i, j] for i, j in zip(order_q, order_k, strict=True))
+
+
+def test_hungarian_finds_the_optimum():
+    _, _, set_q, set_k, similarity = pixel_case()
+    c = setsim.hungarian_pairs(set_q, set_k, similarity)
+    assert_one_to_one(c, set_q, set_k)
+    for b in range(4):
+        i, j = set_q[b].nonzero()[:, 0].tolist(), set_k[b].nonzero()[:, 0].tolist()
+        best = max(
+            sum(similarity[b, p, q].item() for p, q in zip(i, order, strict=True))
+            for order in itertools.permutations(j)
+        )
+        assert similarity[b][c[b]].sum().item() == pytest.approx(best, abs=1e-5)
+
+
+def test_every_matcher_through_the_front_door():
+    """`match` hands each matcher the right tensors: the results equal direct calls on the same features."""
+    rng = torch.Generator().manual_seed(7)
+    z_q, z_k = torch.rand(2, 3, 6, 4, 5, generator=rng)
+    window_q, window_k = torch.rand(2, 3, 4, generator=rng)
+
+    def found(matcher, **changes):
+        settings = dict(statistic="abs", threshold=None, ratio=30, mu=0.9, kept_at_mu=False, geometry=None) | changes
+        return setsim.match(z_q, z_k, window_q, window_k, matcher, rng=torch.Generator().manual_seed(1), **settings)
+
+    A_q, A_k = setsim.attention_map(z_q.flatten(2)), setsim.attention_map(z_k.flatten(2))
+    sets = setsim.ratio_set(A_q, 30), setsim.ratio_set(A_k, 30)
+    similarity = setsim.cosine_similarity(z_q.flatten(2), z_k.flatten(2))
+    place = setsim.geometry_pairs(window_q, window_k, 4, 5, 0.9)
+    want = {
+        "random": setsim.random_pairs(*sets, torch.Generator().manual_seed(1)),
+        "sort": setsim.sorted_pairs(*sets, A_q, A_k),
+        "hungarian": setsim.hungarian_pairs(*sets, similarity),
+        "set2set": setsim.set_to_set(*sets, similarity, 0.9, nearest=False),
+        "set2set-nn": setsim.set_to_set(*sets, similarity, 0.9, nearest=True),
+        "none": torch.zeros(3, 20, 20, dtype=torch.bool),
+    }
+    for matcher, c in want.items():
+        assert torch.equal(found(matcher).positives, c), matcher
+    assert torch.equal(found("geometry", geometry=0.9).positives, place)
+    joined = found("set2set-nn", geometry=0.9).positives
+    assert torch.equal(joined, setsim.set_to_set(*sets, similarity, 0.9, True, False, place))
+    densecl = found("densecl").positives
+    for b, i in itertools.product(range(3), range(20)):  # DenseCL: every row, the arg-max over all cells
+        assert densecl[b, i].nonzero()[:, 0].tolist() == [max(range(20), key=lambda j, b=b, i=i: similarity[b, i, j])]
+    one = found("set2set", threshold=0.5, ratio=None, statistic="square")
+    assert torch.equal(one.set_q, setsim.threshold_set(setsim.attention_map(z_q.flatten(2), "square"), 0.5))
+    assert set(setsim.MATCHERS) == {*want, "geometry", "densecl"}
+
+
+def test_correspondence_accuracy_on_known_answers():
+    window = torch.tensor([[0.0, 0.0, 0.8, 0.8]])
+    same = torch.eye(25)[None]
+    assert setsim.correspondence_accuracy(same, window, window, 5, 5) == (1.0, pytest.approx(169 / 625), 25)
+    mirror = torch.tensor([[0.8, 0.0, 0.0, 0.8]])
+    flipped = same.view(1, 5, 5, 5, 5).flip(4).reshape(1, 25, 25)
+    assert setsim.correspondence_accuracy(flipped, window, mirror, 5, 5)[0] == 1.0
+    assert setsim.correspondence_accuracy(same, window, mirror, 5, 5)[0] == pytest.approx(1 / 5)  # the middle column
+    shifted = torch.tensor([[0.32, 0.0, 1.12, 0.8]])  # two columns further right: three of five columns remain
+    right = torch.zeros(5, 5, 5, 5)
+    for y, x in itertools.product(range(5), range(2, 5)):
+        right[y, x, y, x - 2] = 1
+    hits, _, cells = setsim.correspondence_accuracy(right.view(1, 25, 25), window, shifted, 5, 5)
+    assert (hits, cells) == (1.0, 15)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# losses
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def loss_case(B=4, S=6, D=5, K=11, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    p_q, p_k = F.normalize(torch.randn(2, B, S, D, generator=rng, dtype=torch.float64), dim=3)
+    queue = F.normalize(torch.randn(K, D, generator=rng, dtype=torch.float64), dim=1)
+    positives = torch.rand(B, S, S, generator=rng) > 0.6
+    positives[0, 1] = False  # an empty row
+    positives[2] = False  # an image without rows
+    return p_q.requires_grad_(), p_k, positives, queue
+
+
+def loop_set_loss(p_q, p_k, positives, queue, tau):
+    """Eq. 8, term by term, with the averages of S9, S10."""
+    images = []
+    for b in range(len(p_q)):
+        rows = []
+        for i in range(p_q.shape[1]):
+            c = [j for j in range(p_q.shape[1]) if positives[b, i, j]]
+            if not c:
+                continue
+            denominator = sum(torch.exp(p_q[b, i] @ p_k[b, j] / tau) for j in c)
+            denominator = denominator + sum(torch.exp(p_q[b, i] @ k / tau) for k in queue)
+            rows.append(-sum(torch.log(torch.exp(p_q[b, i] @ p_k[b, j] / tau) / denominator) for j in c) / len(c))
+        images.append(sum(rows) / len(rows) if rows else torch.zeros((), dtype=torch.float64))
+    return sum(images) / len(images)
+
+
+def test_set_loss_against_eq_8_value_and_gradient():
+    p_q, p_k, positives, queue = loss_case()
+    fast = setsim.set_contrastive_loss(p_q, p_k, positives, queue, 0.2)
+    slow = loop_set_loss(p_q, p_k, positives, queue, 0.2)
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(loss, p_q)[0] for loss in (fast, slow)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+    assert gradients[0].abs().max() > 1e-3
+
+
+def test_one_positive_a_row_is_densecls_cross_entropy():
+    p_q, p_k, _, queue = loss_case(B=3)
+    match = torch.randint(0, 6, (3, 6), generator=torch.Generator().manual_seed(2))
+    loss = setsim.set_contrastive_loss(p_q, p_k, F.one_hot(match, 6).bool(), queue, 0.2)
+    positive = (p_q * p_k.gather(1, match[:, :, None].expand(-1, -1, 5))).sum(2).view(-1, 1)
+    logits = torch.cat([positive, p_q.flatten(0, 1) @ queue.T], 1) / 0.2
+    torch.testing.assert_close(loss, F.cross_entropy(logits, torch.zeros(18, dtype=torch.int64)))
+
+
+def test_image_loss_is_cross_entropy_with_target_zero():
+    p_q, p_k, _, queue = loss_case(B=3)
+    q, k = p_q[0], p_k[0]
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / 0.07
+    want = F.cross_entropy(logits, torch.zeros(6, dtype=torch.int64))
+    got = setsim.image_contrastive_loss(q, k, queue, 0.07)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, p_q)[0], torch.autograd.grad(want, p_q)[0])
+
+
+def test_no_positive_at_all_gives_zero_and_zero_gradients():
+    p_q, p_k, positives, queue = loss_case()
+    loss = setsim.set_contrastive_loss(p_q, p_k, positives & False, queue, 0.2)
+    assert loss.item() == 0.0
+    assert torch.equal(torch.autograd.grad(loss, p_q)[0], torch.zeros_like(p_q))
+    cosine = setsim.set_cosine_loss(p_q, p_k, positives & False)
+    assert cosine.item() == 0.0 and torch.equal(torch.autograd.grad(cosine, p_q)[0], torch.zeros_like(p_q))
+
+
+def test_chunked_negatives_equal_the_whole_in_value_and_gradient():
+    p_q, _, _, queue = loss_case()
+    q = p_q.flatten(0, 1)
+    whole = torch.logsumexp(q @ queue.T / 0.2, 1)
+    weights = torch.arange(1.0, len(q) + 1, dtype=torch.float64)
+    for elements in (1, 30, 10**6):  # one row at a time, two, all
+        chunked = setsim.negative_logsumexp(q, queue, 0.2, elements)
+        torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=0)
+        gradients = [torch.autograd.grad((x * weights).sum(), p_q, retain_graph=True)[0] for x in (chunked, whole)]
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+    assert torch.autograd.gradcheck(
+        lambda x: setsim.negative_logsumexp(x, queue, 0.2, 30), q[:4].detach().requires_grad_()
+    )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def test_no_tensor_of_images_times_cells_times_queue():
+    B, S, D, K = 8, 49, 16, 65536
+    rng = torch.Generator().manual_seed(0)
+    p_q, p_k = F.normalize(torch.randn(2, B, S, D, generator=rng), dim=3)
+    queue = F.normalize(torch.randn(K, D, generator=rng), dim=1)
+    with LargestTensor() as watch:
+        loss = setsim.set_contrastive_loss(p_q.requires_grad_(), p_k, torch.ones(B, S, S, dtype=torch.bool), queue, 0.2)
+        loss.backward()
+    assert K * D <= watch.elements <= 2**24 < B * S * K
+
+
+def test_simsiam_losses_and_their_stop_gradient():
+    rng = torch.Generator().manual_seed(0)
+    prediction, projection = torch.randn(2, 3, 4, 6, generator=rng, dtype=torch.float64)
+    prediction.requires_grad_(), projection.requires_grad_()
+    positives = torch.rand(3, 4, 4, generator=rng) > 0.5
+    positives[1] = False
+    loss, images = setsim.set_cosine_loss(prediction, projection, positives), []
+    for b in range(3):
+        rows = []
+        for i in range(4):
+            c = positives[b, i].nonzero()[:, 0].tolist()
+            cosines = [F.cosine_similarity(prediction[b, i], projection[b, j], dim=0) for j in c]
+            rows += [sum(cosines) / len(c)] if c else []
+        images.append(sum(rows) / len(rows) if rows else 0)
+    assert loss.item() == pytest.approx(-(sum(images) / 3).item(), abs=1e-12)
+    loss.backward()
+    assert projection.grad is None and prediction.grad.abs().max() > 0
+
+    p, z = prediction[:, 0].detach().requires_grad_(), projection[:, 0].detach().requires_grad_()
+    loss = setsim.image_cosine_loss(p, z)
+    assert loss.item() == pytest.approx(-(F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1).mean().item())
+    loss.backward()
+    assert z.grad is None and p.grad.abs().max() > 0
+    assert setsim.image_cosine_loss(z, 3 * z).item() == pytest.approx(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one iteration
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def tiny(*flags):
+    base = "--data scenes --arch resnet18 --size 64 --batch-size 8 --group-size 4 --queue-size 20 --dim 16"
+    args = setsim.get_args([*base.split(), *flags])
+    return setsim.build(args, common.World(0, 1, 0, torch.device("cpu"))), args
+
+
+def tiny_batch(seed=0, n=8):
+    rng = torch.Generator().manual_seed(seed)
+    views = (
+        torch.randint(0, 256, (2, n, 3, 4, 4), generator=rng, dtype=torch.uint8)
+        .repeat_interleave(16, 3)
+        .repeat_interleave(16, 4)
+    )
+    windows = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(n, 1)
+    return views[0], views[1], windows, windows
+
+
+def test_key_network_starts_equal_and_gets_no_gradient():
+    method, _ = tiny()
+    for query, key in zip(method.query.parameters(), method.key.parameters(), strict=True):
+        assert torch.equal(query, key) and query is not key and not key.requires_grad
+    method(method.query, *tiny_batch(), step=0)[0].backward()
+    assert all(p.grad is None for p in method.key.parameters())
+    assert all(p.grad is not None for p in method.query.parameters())
+
+
+@torch.no_grad()
+def test_queries_and_keys_come_from_their_own_networks():
+    for changed, values_change, queue_changes in (("query", True, False), ("key", True, True)):
+        plain, _ = tiny("--ema", "1")
+        other, _ = tiny("--ema", "1")
+        for parameter in getattr(other, changed).parameters():
+            parameter.add_(0.02)
+        a, b = (m(m.query, *tiny_batch(), step=0)[1] for m in (plain, other))
+        assert (a["loss_set"] != b["loss_set"]).item() is values_change
+        assert (a["loss_image"] != b["loss_image"]).item() is values_change
+        for name in ("image_queue", "set_queue"):
+            same = torch.equal(getattr(plain, name).vectors, getattr(other, name).vectors)
+            assert same is not queue_changes
+
+
+def test_momentum_update_before_the_keys_and_parameters_only():
+    method, _ = tiny("--ema", "0.75")
+    with torch.no_grad():
+        for p in method.query.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    query = [p.detach().clone() for p in method.query.parameters()]
+    key = [p.detach().clone() for p in method.key.parameters()]
+    seen = []
+    method.key.register_forward_pre_hook(lambda m, _: seen.append([p.clone() for p in m.parameters()]))
+    buffers = [b.clone() for b in method.key.buffers()]
+    method(method.query, *tiny_batch(), step=0)
+    for now, q, k in zip(seen[0], query, key, strict=True):  # MoCo's formula, at the time of the key pass
+        torch.testing.assert_close(now, 0.75 * k + 0.25 * q)
+    assert len(seen) == 1
+    own = [b for b in method.key.buffers() if b.ndim]
+    taken = [b for b in method.query.buffers() if b.ndim]
+    assert not any(torch.equal(a, b) for a, b in zip(own, taken, strict=True))  # running statistics are not copied
+    assert len(buffers) == len(list(method.key.buffers()))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_losses_see_the_queues_as_they_were_and_enqueue_once(symmetric, monkeypatch):
+    method, _ = tiny(*(["--symmetric"] if symmetric else []))
+    queues = (method.image_queue, method.set_queue)
+    before = [queue.vectors.clone() for queue in queues]
+    seen, calls = [], []
+    original = setsim.negative_logsumexp
+    monkeypatch.setattr(
+        setsim, "negative_logsumexp", lambda q, queue, tau: seen.append(queue.clone()) or original(q, queue, tau)
+    )
+    enqueue = common.Queue.enqueue
+    monkeypatch.setattr(
+        common.Queue, "enqueue", lambda queue, keys: calls.append((len(seen), keys)) or enqueue(queue, keys)
+    )
+    passes = []
+    method.key.register_forward_hook(lambda m, i, out: passes.append(out))
+    view_q, view_k, window_q, window_k = tiny_batch()
+    method(method.query, view_q, view_k, window_q, window_k, step=0)
+    directions = 2 if symmetric else 1
+    assert len(seen) == 2 * directions and len(passes) == 1
+    for queue in seen:
+        assert torch.equal(queue, before[0]) or torch.equal(queue, before[1])
+    assert [after for after, _ in calls] == [2 * directions] * 2  # both queues, after every loss
+    assert all(len(keys) == 8 * directions for _, keys in calls)
+    for queue, old in zip(queues, before, strict=True):
+        n = 8 * directions
+        assert (
+            queue.pointer.item() == n
+            and torch.equal(queue.vectors[n:], old[n:])
+            and not torch.equal(queue.vectors[:n], old[:n])
+        )
+        torch.testing.assert_close(queue.vectors.norm(dim=1), torch.ones(20))
+    # contents: the image keys in the order of the images; dense keys averaged first, then normalised (S11)
+    permutation = torch.randperm(8, generator=common.generator("shuffle", 0, 0))
+    outputs = [tuple(x[torch.argsort(permutation)] for x in output) for output in passes[0]]
+    assert torch.equal(queues[0].vectors[: 8 * directions], torch.cat([F.normalize(out[1], dim=1) for out in outputs]))
+    pooled = torch.cat([F.normalize(out[2].mean((2, 3)), dim=1) for out in outputs])
+    assert torch.equal(queues[1].vectors[: 8 * directions], pooled)
+
+
+def test_symmetric_loss_is_the_mean_of_both_directions():
+    values = []
+    for flags, batch in (([], (0, 1, 2, 3)), ([], (1, 0, 3, 2)), (["--symmetric"], (0, 1, 2, 3))):
+        method, _ = tiny(*flags)
+        views = tiny_batch()
+        views[2][:, 2] = 0.7
+        values.append(method(method.query, *(views[i] for i in batch), step=0)[1])
+    for name in ("loss", "loss_image", "loss_set"):
+        assert values[2][name].item() == pytest.approx((values[0][name] + values[1][name]).item() / 2, rel=1e-5)
+
+
+def test_total_loss_weighs_the_two_terms():
+    for weight in (0.0, 0.3, 1.0):
+        method, _ = tiny("--loss-weight", str(weight))
+        _, values = method(method.query, *tiny_batch(), step=0)
+        want = (1 - weight) * values["loss_image"] + weight * values["loss_set"]
+        assert values["loss"].item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_keys_are_normalised_in_other_company_than_queries(monkeypatch):
+    """Shuffling is undone in the outputs; without it the batch statistics of the keys are those of the query groups."""
+    statistics = {}
+    for name in ("shuffled", "plain"):
+        method, _ = tiny("--ema", "1")
+        if name == "plain":
+            monkeypatch.setattr(setsim.torch, "randperm", lambda n, generator=None: torch.arange(n))
+        view = tiny_batch()[0]
+        taken = []
+        hook = method.key.trunk.bn1.register_forward_hook(
+            lambda m, i, out, taken=taken: taken.append(i[0].mean((0, 2, 3)))
+        )
+        permutation = setsim.torch.randperm(8, generator=common.generator("shuffle", 0, 0))
+        keys = method.encode_keys([view], permutation)
+        hook.remove()
+        (want,) = method.key(view)
+        statistics[name] = torch.stack(taken), torch.equal(keys[0][1], want[1])
+        if name == "shuffled":  # row i of the result belongs to image i: nearest by far in spite of other statistics
+            distance = torch.cdist(keys[0][0].flatten(1), want[0].flatten(1))
+            assert distance.argmin(1).tolist() == list(range(8))
+    assert statistics["plain"][1] and not statistics["shuffled"][1]
+    assert (statistics["plain"][0] - statistics["shuffled"][0]).abs().max() > 1e-4
+
+
+def test_batches_without_any_row_train_on():
+    method, _ = tiny("--matcher", "geometry")
+    view_q, view_k, window, _ = tiny_batch()
+    elsewhere = torch.tensor([[5.0, 5.0, 6.0, 6.0]]).repeat(8, 1)
+    loss, values = method(method.query, view_q, view_k, window, elsewhere, step=0)
+    loss.backward()
+    assert values["loss_set"].item() == 0 and values["empty"].item() == 1 and values["rows"].item() == 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.query.parameters())
+    assert all((p.grad == 0).all() for p in method.query.dense_head.parameters())
+
+
+def test_baseline_has_no_dense_branch_and_is_moco():
+    method, _ = tiny("--matcher", "none")
+    assert not hasattr(method, "set_queue") and not any("dense" in name for name in method.state_dict())
+    q = tiny_batch()
+    loss, values = method(method.query, *q, step=0)
+    assert loss.item() == values["loss_image"].item()
+
+
+def test_health_values_against_a_count():
+    method, _ = tiny()
+    views = tiny_batch()
+    z_q, z_k = method.features(views[0], views[1])
+    # features() has the statistics of its own batch, in groups, and unshuffled keys: recompute the same way
+    found = method.matcher(z_q, z_k, views[2], views[3], None)
+    q, dense = F.normalize(torch.randn(8, 16), dim=1), F.normalize(torch.randn(8, 4, 16), dim=2)
+    values = setsim.health(found, q, dense)
+    sizes = [int(row.sum()) for image in found.positives for row in image if row.any()]
+    assert values["positives"].item() == pytest.approx(sum(sizes) / len(sizes))
+    assert values["rows"].item() == pytest.approx(len(sizes) / 8)
+    assert values["std_image"].item() == pytest.approx(np.std(q.numpy(), axis=0).mean(), abs=1e-6)
+    assert values["std_dense"].item() == pytest.approx(np.std(dense.reshape(32, 16).numpy(), axis=0).mean(), abs=1e-6)
+
+
+def test_simsiam_iteration():
+    simsiam = "--data scenes --arch resnet18 --size 64 --batch-size 8 --dim 32 --framework simsiam".split()
+    args = setsim.get_args(simsiam)
+    method = setsim.build(args, common.World(0, 1, 0, torch.device("cpu")))
+    views = tiny_batch()
+    loss, values = method(method.query, *views, step=0)
+    loss.backward()
+    assert all(p.grad is not None for p in method.query.parameters())
+    # B16: the last norm of every residual branch starts at gain zero
+    assert all((block.bn2.weight == 0).all() for block in method.query.trunk.layer4)
+    # S17: three-layer projectors whose last norm has no affine part, predictors with a bottleneck of a quarter
+    for projector, predictor in (
+        (method.query.projector, method.query.predictor),
+        (method.query.dense_projector, method.query.dense_predictor),
+    ):
+        assert [type(m).__name__ for m in projector][-1].startswith("BatchNorm") and projector[-1].weight is None
+        assert sum(hasattr(m, "weight") and m.weight is not None and m.weight.ndim > 1 for m in projector) == 3
+        assert predictor[0].weight.shape[:2] == (8, 32) and predictor[-1].bias is not None
+    # S18 by hand from the network's outputs
+    method2 = setsim.build(args, common.World(0, 1, 0, torch.device("cpu")))
+    one, other = method2.query(views[0], views[1])
+    found = method2.matcher(one[0], other[0], views[2], views[3], None)
+    back = method2.matcher(other[0], one[0], views[3], views[2], None)
+    image = -(F.cosine_similarity(one[2], other[1]).mean() + F.cosine_similarity(other[2], one[1]).mean()) / 2
+    dense = setsim.set_cosine_loss(setsim.cells(one[4]), setsim.cells(other[3]), found.positives)
+    dense = dense + setsim.set_cosine_loss(setsim.cells(other[4]), setsim.cells(one[3]), back.positives)
+    assert values["loss_image"].item() == pytest.approx(image.item(), abs=1e-5)
+    assert loss.item() == pytest.approx((0.5 * image + 0.25 * dense).item(), abs=1e-5)
+    assert found.set_q.sum(1).tolist() == [1] * 8  # S24: 30 % of 2 x 2 cells
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# settings
+# ----------------------------------------------------------------------------------------------------------------------
+
+PRESETS = {  # literal copy of the two columns of the table of presets
+    "paper": dict(attention="abs", threshold=0.7, ratio=None, mu=0.0, matcher="set2set-nn", geometry=None, symmetric=False, lr=0.03,
+                  batch_size=256, epochs=200, queue_size=65536, ema=0.999, temperature=0.2, loss_weight=0.5, momentum=0.9,
+                  weight_decay=1e-4, dim=128, arch="resnet50", size=224, amp="none", group_size=32),
+    "official": dict(attention="square", threshold=0.7, ratio=None, mu=0.2, matcher="set2set", geometry=0.5, symmetric=False, lr=0.03,
+                     batch_size=256, epochs=200, queue_size=65536, ema=0.999, temperature=0.2, loss_weight=0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset):
+    args = setsim.get_args(["--data", "x", "--preset", preset])
+    assert {name: getattr(args, name) for name in PRESETS[preset]} == PRESETS[preset]
+    simsiam = setsim.get_args(["--data", "x", "--preset", preset, "--framework", "simsiam"])
+    assert (simsiam.lr, simsiam.dim, simsiam.fix_pred_lr) == (0.1, 2048, True)
+    chosen = (None, 30.0) if preset == "paper" else (0.7, None)
+    assert (simsiam.threshold, simsiam.ratio) == chosen
+    won = setsim.get_args(["--data", "x", "--preset", preset, "--mu", "0.4", "--matcher", "set2set-nn", "--lr", "1"])
+    assert (won.mu, won.matcher, won.lr) == (0.4, "set2set-nn", 1)
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_presets_reach_the_matcher_and_the_views(preset, monkeypatch):
+    """What no flag shows: the rule at mu, the order of the flip."""
+    calls = []
+    monkeypatch.setattr(setsim, "set_to_set", lambda *a: calls.append(a) or torch.zeros(8, 4, 4, dtype=torch.bool))
+    method, args = tiny("--preset", preset)
+    method(method.query, *tiny_batch(), step=0)
+    mu, nearest, kept_at_mu, geometry = calls[0][3:]
+    assert (mu, nearest, kept_at_mu) == {"paper": (0.0, True, False), "official": (0.2, False, True)}[preset]
+    assert (geometry is not None) == (preset == "official")
+
+
+def test_pixel_matchers_and_geometry_have_their_defaults():
+    for matcher in setsim.PIXEL_MATCHERS:
+        args = setsim.get_args(["--data", "x", "--matcher", matcher])
+        assert (args.ratio, args.threshold) == (30.0, None)
+    assert setsim.get_args(["--data", "x", "--matcher", "geometry"]).geometry == 0.5
+    assert setsim.get_args(["--data", "x", "--preset", "official", "--matcher", "densecl"]).geometry is None
+    assert setsim.get_args(["--data", "x", "--framework", "simsiam", "--threshold", "0.6"]).ratio is None
+    assert setsim.get_args(["--data", "x", "--ratio", "10"]).threshold is None
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("", "--data"),
+        ("--data x --temperature 0", "--temperature 0.0: must be at least 0.001"),
+        ("--data x --ratio 0.5", "--ratio 0.5: must be between 1 and 100"),
+        ("--data x --threshold nan", "--threshold"),
+        ("--data x --threshold 0.5 --ratio 30", "give one"),
+        ("--data x --framework simsiam --queue-size 8", "--queue-size has no effect"),
+        ("--data x --framework simsiam --symmetric", "--symmetric has no effect"),
+        ("--data x --fix-pred-lr", "--fix-pred-lr has no effect"),
+        ("--data x --matcher densecl --mu 0.1", "--mu has no effect"),
+        ("--data x --matcher sort --threshold 0.7", "use --ratio"),
+        ("--data x --matcher none --geometry 0.5", "--geometry has no effect"),
+        ("--data x --matcher none --loss-weight 0.1", "--loss-weight has no effect"),
+    ],
+)
+def test_settings_that_make_no_sense(flags, words):
+    with pytest.raises(common.UserError, match=words.replace("(", r"\(")) as error:
+        setsim.get_args(flags.split())
+    assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pieces to lift out
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_work_alone(monkeypatch):
+    """The source of each function by itself, with nothing but libraries in scope, passes the same oracles."""
+    pieces = [
+        ("attention_map",),
+        ("threshold_set",),
+        ("ratio_set",),
+        ("cosine_similarity",),
+        ("set_to_set",),
+        ("random_pairs",),
+    ]
+    pieces += [
+        ("sorted_pairs",),
+        ("hungarian_pairs",),
+        ("cell_centres", "geometry_pairs"),
+        ("image_cosine_loss",),
+        ("set_cosine_loss",),
+    ]
+    pieces += [("NegativeLogSumExp", "negative_logsumexp"), ("cell_centres", "correspondence_accuracy")]
+    for loss in ("image_contrastive_loss", "set_contrastive_loss"):
+        pieces += [("NegativeLogSumExp", "negative_logsumexp", loss)]
+    for names in pieces:
+        for name, alone in zip(names, lifted("setsim.py", *names), strict=True):
+            monkeypatch.setattr(setsim, name, alone)
+    test_attention_on_a_worked_example()
+    test_ratio_ties_go_by_index()
+    test_cosine_similarity_against_a_loop()
+    test_set_to_set_against_a_double_loop(True, False, 0.0, True)
+    test_random_pairs()
+    test_sorted_pairs_against_python_sort()
+    test_hungarian_finds_the_optimum()
+    test_geometry_against_a_double_loop()
+    test_set_loss_against_eq_8_value_and_gradient()
+    test_image_loss_is_cross_entropy_with_target_zero()
+    test_simsiam_losses_and_their_stop_gradient()
+    test_correspondence_accuracy_on_known_answers()
