@@ -610,11 +610,13 @@ class SetSimMoCo(nn.Module):
 
     def enqueue(self, keys):
         """PAPER: S11. Image keys, and dense keys averaged over their cells *before* the normalisation."""
-        image = torch.cat([F.normalize(key[1].float(), dim=1) for key in keys])  # (views B, D)
-        self.image_queue.enqueue(common.all_gather(image))
+        image = [
+            common.all_gather(F.normalize(key[1].float(), dim=1)) for key in keys
+        ]  # (B of all processes, D) a view
+        self.image_queue.enqueue(torch.cat(image))
         if self.query.dense:
-            pooled = torch.cat([F.normalize(key[2].float().mean((2, 3)), dim=1) for key in keys])
-            self.set_queue.enqueue(common.all_gather(pooled))
+            pooled = [common.all_gather(F.normalize(key[2].float().mean((2, 3)), dim=1)) for key in keys]
+            self.set_queue.enqueue(torch.cat(pooled))
 
     def forward(self, network, view_q, view_k, window_q, window_k, step, rank=0):
         """One iteration.

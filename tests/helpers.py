@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import time
@@ -18,25 +17,19 @@ TINY = "--data scenes:32 --arch resnet18 --size 64 --batch-size 8 --group-size 4
 TINY += "--lr 0.1 --epochs 3 --print-freq 2".split()
 
 
-def run(script, *flags, processes=0, expect=0, env=None, cwd=ROOT):
+def command(script, *flags, processes=0):
+    """What a user types; processes > 0: through torchrun, on a free port."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return [sys.executable, *launcher, str(ROOT / script), *map(str, flags)]
+
+
+def run(script, *flags, processes=0, expect=0, env=None):
     """Run a script (with torchrun if `processes`), require its exit code, return stdout + stderr."""
-    command = [sys.executable, str(ROOT / script)]
-    if processes:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(processes),
-            "--master_port",
-            "0",
-        ]
-        command += [str(ROOT / script)]
     done = subprocess.run(
-        [*command, *map(str, flags)],
+        command(script, *flags, processes=processes),
         capture_output=True,
         text=True,
-        cwd=cwd,
+        cwd=ROOT,
         env={**os.environ, **(env or {})},
         timeout=400,
     )
@@ -48,18 +41,12 @@ def run(script, *flags, processes=0, expect=0, env=None, cwd=ROOT):
 def signal_after(script, *flags, line, number, processes=0):
     """Start a script, send it a signal once its log holds `line` lines, return (exit code, its output)."""
     folder = pathlib.Path(flags[flags.index("--output-dir") + 1])
-    command = [sys.executable, str(ROOT / script)]
-    if processes:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(processes),
-            str(ROOT / script),
-        ]
     process = subprocess.Popen(
-        [*command, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        command(script, *flags, processes=processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
     )
     deadline = time.time() + 200
     while time.time() < deadline and process.poll() is None:
@@ -125,6 +112,3 @@ def lifted(script, *names):
     for node in wanted:
         exec(compile(ast.Module([node], []), script, "exec"), scope)
     return [scope[name] for name in names]
-
-
-__all__ = ["signal"]

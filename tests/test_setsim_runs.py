@@ -1,0 +1,442 @@
+"""setsim.py as its user starts it: whole runs, killed runs, wrong input, several processes."""
+
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+
+import pytest
+import torch
+import torchvision
+from helpers import ROOT, TINY, assert_same, checkpoint, command, log_lines, run, signal_after, write_images
+from PIL import Image
+
+import common
+import setsim
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 12 steps (3 epochs of 4), never interrupted."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    text = run("setsim.py", *TINY, "--output-dir", folder)
+    return folder, text
+
+
+def test_outputs(finished):
+    folder, text = finished
+    names = {"checkpoint.pth", "resnet18.pth", "log.jsonl", "curves.png", "matches_start.png", "matches_end.png"}
+    assert set(os.listdir(folder)) == names
+    for name in names:
+        if name.endswith(".png"):
+            assert min(Image.open(folder / name).size) > 200
+    resnet = torchvision.models.resnet18()
+    missing, unexpected = resnet.load_state_dict(torch.load(folder / "resnet18.pth"), strict=False)
+    assert missing == ["fc.weight", "fc.bias"] and unexpected == []
+    state = checkpoint(folder)["model"]
+    assert all(
+        torch.equal(tensor, state[f"query.trunk.{name}"])
+        for name, tensor in torch.load(folder / "resnet18.pth").items()
+    )
+
+    lines = log_lines(folder)
+    assert lines[0]["command"].endswith(str(folder)) and lines[0]["versions"]["torch"] == torch.__version__
+    assert "32 scenes" in lines[0]["settings"]["files"]
+    assert lines[1]["probe"]["cells"] > 50 and lines[-1]["probe"]["cells"] == lines[1]["probe"]["cells"]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [2, 4, 6, 8, 10, 12]
+    assert steps[0]["loss_chance"] == pytest.approx(3.2189, abs=1e-4)  # ln 25
+    health = {
+        "loss_image",
+        "loss_set",
+        "positives",
+        "rows",
+        "empty",
+        "std_image",
+        "std_dense",
+        "std_spread",
+        "lr",
+        "images_per_s",
+    }
+    assert health <= steps[0].keys()
+    assert [line["lr"] for line in steps] == pytest.approx([0.1 * 8 / 256 * x for x in (1, 1, 0.75, 0.75, 0.25, 0.25)])
+    assert "lr 0.003125 = 0.1 x 8/256" in text and "step 12/12" in text and "eta 0:00:00" in text
+
+
+def test_settings_of_the_start_line_and_the_shrunken_queue(tmp_path):
+    flags = "--data scenes:32 --arch resnet18 --size 64 --batch-size 8 --group-size 4 --workers 0 --steps 0".split()
+    text = run("setsim.py", *flags, "--output-dir", tmp_path / "a")
+    assert "queue: 24 instead of 65536" in text
+    text = run("setsim.py", *flags, "--queue-size", "100", "--output-dir", tmp_path / "b")
+    assert "warning: --queue-size 100 holds old keys of the same images" in text
+
+
+def test_finished_run_says_so(finished):
+    folder, _ = finished
+    before = (folder / "checkpoint.pth").stat().st_mtime_ns
+    assert "finished" in run("setsim.py", *TINY, "--output-dir", folder)
+    assert (folder / "checkpoint.pth").stat().st_mtime_ns == before
+
+
+def test_workers_do_not_change_results_and_data_may_move(tmp_path):
+    write_images(tmp_path / "one", 16)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    flags = [flag for flag in TINY if flag not in ("scenes:32", "--data", "--workers", "0")]
+    for name, workers in (("one", 0), ("two", 2)):
+        run(
+            "setsim.py",
+            *flags,
+            "--data",
+            tmp_path / name,
+            "--workers",
+            workers,
+            "--steps",
+            "3",
+            "--output-dir",
+            tmp_path / f"run_{name}",
+        )
+    a, b = checkpoint(tmp_path / "run_one"), checkpoint(tmp_path / "run_two")
+    assert_same(a, b)
+    run("setsim.py", *flags, "--data", tmp_path / "two", "--steps", "4", "--output-dir", tmp_path / "run_one")
+
+
+def test_interrupted_equals_uninterrupted(finished, tmp_path):
+    """Stopped by --steps between two checkpoints of epochs and again at one: every bit as if it had never stopped."""
+    folder, _ = finished
+    for steps in (3, 8, 12):
+        run("setsim.py", *TINY, "--output-dir", tmp_path, "--steps", steps)
+    assert_same(checkpoint(tmp_path), checkpoint(folder))
+    a, b = (
+        [{k: v for k, v in line.items() if k not in ("images_per_s", "data_share")} for line in log_lines(f)[1:]]
+        for f in (tmp_path, folder)
+    )
+    by_step = {line["step"]: line for line in a if "loss" in line}
+    assert all(
+        by_step[line["step"]] == line for line in b if "loss" in line and line["step"] != 4
+    )  # 4: mean of one step, not two
+
+
+@pytest.mark.slow
+def test_killed_at_random_instants(finished, tmp_path):
+    folder, _ = finished
+    rng = random.Random(0)
+    flags = [*TINY, "--output-dir", str(tmp_path), "--save-every", "1", "--print-freq", "1"]
+    for line in (2, 2 + rng.randrange(2, 6), 2 + rng.randrange(6, 11)):
+        code, _ = signal_after("setsim.py", *flags, line=line, number=signal.SIGKILL)
+        assert code in (-signal.SIGKILL, 0)
+        if (tmp_path / "checkpoint.pth").exists():
+            checkpoint(tmp_path)  # whole at any time
+    run("setsim.py", *flags)
+    a, b = checkpoint(tmp_path), checkpoint(folder)
+    for name in ("model", "optimizer", "step"):
+        assert_same(a[name], b[name])
+    steps = [line["step"] for line in log_lines(tmp_path) if "loss" in line]
+    assert steps == list(range(1, 13))
+
+
+def test_sigterm_saves_and_exits_0(tmp_path):
+    flags = [*TINY, "--output-dir", str(tmp_path), "--epochs", "100", "--print-freq", "1"]
+    code, text = signal_after("setsim.py", *flags, line=4, number=signal.SIGTERM)
+    assert code == 0 and "saved at step" in text
+    step = int(re.search(r"saved at step (\d+)", text)[1])
+    assert checkpoint(tmp_path)["step"] == step and log_lines(tmp_path)[-1]["step"] == step < 400
+
+
+@pytest.mark.slow
+def test_sigterm_under_torchrun(tmp_path):
+    flags = [*TINY, "--output-dir", str(tmp_path), "--epochs", "200", "--print-freq", "1"]
+    _, text = signal_after("setsim.py", *flags, line=4, number=signal.SIGTERM, processes=2)
+    step = int(re.search(r"saved at step (\d+)", text)[1])
+    assert checkpoint(tmp_path)["step"] == step
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_worker(tmp_path):
+    """--max-restarts: a worker that dies comes back from the last checkpoint, and the run ends with the same weights."""
+    flags = [*TINY, "--save-every", "1", "--output-dir"]
+    run("setsim.py", *flags, tmp_path / "whole", processes=2)
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(  # kills rank 1 once, when five steps are saved
+        "import os, threading, time\n"
+        f"folder, mark = {str(tmp_path / 'broken')!r}, {str(tmp_path / 'killed')!r}\n"
+        "def watch():\n"
+        "    while not (os.path.exists(folder + '/log.jsonl') and open(folder + '/log.jsonl').read().count('\\n') > 3):\n"
+        "        time.sleep(0.01)\n"
+        "    open(mark, 'w').close()\n"
+        "    os._exit(1)\n"
+        "if os.environ.get('RANK') == '1' and not os.path.exists(mark):\n"
+        "    threading.Thread(target=watch, daemon=True).start()\n"
+    )
+    restarting = command("setsim.py", *flags, tmp_path / "broken", processes=2)
+    restarting.insert(restarting.index("--standalone"), "--max-restarts=2")
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(restarting, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr
+    assert "continued from step" in done.stdout
+    for name in ("model", "optimizer", "step"):
+        assert_same(checkpoint(tmp_path / "broken")[name], checkpoint(tmp_path / "whole")[name])
+
+
+def test_two_processes_on_a_cpu(tmp_path):
+    text = run("setsim.py", "--demo", *TINY, "--steps", "2", "--output-dir", tmp_path, processes=2)
+    assert "batch 8 = 2 x 4 on cpu" in text and text.count("step 2/12") == 0 and text.count("step 2/2") == 1
+    assert checkpoint(tmp_path)["settings"]["processes"] == 2
+    assert "batch-size 8 is not divisible by 3" not in text
+
+
+def test_resume_with_other_settings_is_refused_and_named(finished, tmp_path):
+    folder, _ = finished
+    before = checkpoint(folder)
+    text = run("setsim.py", *TINY, "--output-dir", folder, "--mu", "0.3", "--lr", "0.2", expect=2)
+    assert "mu 0.0 -> 0.3" in text and "lr 0.1 -> 0.2" in text and len(text.splitlines()) == 1
+    write_images(tmp_path / "images", 32)
+    text = run("setsim.py", *TINY, "--output-dir", folder, "--data", tmp_path / "images", expect=2)
+    assert "files '32 scenes" in text
+    text = run("setsim.py", *TINY, "--output-dir", folder, processes=2, expect=1)
+    assert "processes 1 -> 2" in text
+    assert_same(before, checkpoint(folder))
+
+
+def test_explicit_resume(finished, tmp_path):
+    folder, _ = finished
+    shutil.copy(folder / "checkpoint.pth", tmp_path / "other.pth")
+    run("setsim.py", *TINY, "--steps", "2", "--output-dir", tmp_path / "new", "--resume", tmp_path / "other.pth")
+    assert "--resume nowhere.pth: no such file" in run(
+        "setsim.py", *TINY, "--output-dir", tmp_path / "x", "--resume", "nowhere.pth", expect=2
+    )
+
+
+def in_process(*flags):
+    """main() in this process, for the many errors: the message of its UserError."""
+    with pytest.raises(common.UserError) as error:
+        setsim.main([str(flag) for flag in flags])
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 400
+    return message
+
+
+@pytest.fixture
+def keep_signals():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_bad_input_in_one_clear_line(finished, tmp_path, keep_signals):
+    folder, _ = finished
+    out = ["--output-dir", tmp_path / "out"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("not a folder")
+    tiny = [*TINY, *out]
+    assert "no images in it" in in_process("--data", tmp_path / "empty", *out)
+    assert "no such folder" in in_process("--data", tmp_path / "nowhere", *out)
+    assert "scenes:4096" in in_process("--data", "scenes:many", *out)
+    assert "32 images are fewer than --batch-size 64" in in_process(*tiny, "--batch-size", "64")
+    assert "--output-dir" in in_process(*TINY, "--output-dir", tmp_path / "file")
+    assert "--output-dir" in in_process(*TINY, "--output-dir", tmp_path / "file" / "below")
+    for kind, content in {"garbage": b"garbage", "empty": b""}.items():
+        (tmp_path / f"{kind}.pth").write_bytes(content)
+        assert "not a checkpoint" in in_process(*tiny, "--resume", tmp_path / f"{kind}.pth")
+        assert "not a checkpoint" in in_process(*tiny, "--init", tmp_path / f"{kind}.pth")
+    assert "go to --init" in in_process(*tiny, "--resume", folder / "resnet18.pth")
+    state = checkpoint(folder)
+    torch.save(state | {"script": "resim"}, tmp_path / "resim.pth")
+    assert "a checkpoint of resim.py" in in_process(*tiny, "--resume", tmp_path / "resim.pth")
+    assert "check --arch" in in_process(*tiny, "--arch", "resnet34", "--init", folder / "resnet18.pth")
+    assert "resnet18' -> 'resnet34" in in_process(*tiny, "--arch", "resnet34", "--resume", folder / "checkpoint.pth")
+    if os.getuid() != 0:
+        (tmp_path / "locked").mkdir(mode=0)
+        assert "cannot read the folder" in in_process("--data", tmp_path / "locked", *out)
+
+
+def test_exit_code_of_bad_input():
+    text = run("setsim.py", "--data", "/nowhere/at/all", expect=2)
+    assert text.startswith("setsim.py: error: --data /nowhere/at/all: no such folder") and len(text.splitlines()) == 1
+
+
+def test_batch_that_processes_cannot_share(tmp_path):
+    text = run("setsim.py", *TINY, "--batch-size", "9", "--output-dir", tmp_path, processes=2, expect=1)
+    assert "--batch-size 9 is not divisible by 2 processes" in text
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path):
+    """A limit on the size of files stands for the full disk: the write fails inside the operating system."""
+    flags = [*TINY, "--output-dir", tmp_path]
+    run("setsim.py", *flags, "--steps", "2")
+    before = checkpoint(tmp_path)
+    limited = tmp_path / "limited.py"
+    limited.write_text(
+        f"import resource, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nresource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
+        f"sys.argv[0] = {str(ROOT / 'setsim.py')!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    text = run(limited, *flags, expect=2)
+    assert "no space left to write" in text and "checkpoint.pth" in text
+    assert_same(checkpoint(tmp_path), before)
+    assert not (tmp_path / "checkpoint.pth.tmp").exists()
+    run("setsim.py", *flags, "--steps", "4")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, keep_signals, monkeypatch):
+    flags = [*TINY, "--output-dir", tmp_path, "--save-every", "1"]
+    original = setsim.set_contrastive_loss
+    calls = []
+    monkeypatch.setattr(
+        setsim,
+        "set_contrastive_loss",
+        lambda *a: calls.append(1) or original(*a) * (float("nan") if len(calls) > 3 else 1),
+    )
+    assert "not finite (steps 3 to 4)" in in_process(*flags)
+    assert checkpoint(tmp_path)["step"] == 3
+    assert all(tensor.isfinite().all() for tensor in checkpoint(tmp_path)["model"].values())
+
+
+def test_exploding_weights_stop_the_run(tmp_path, keep_signals):
+    assert "finite" in in_process(*TINY, "--output-dir", tmp_path, "--lr", "1e30")
+
+
+def test_real_folders(tmp_path):
+    """Odd files among many: EXIF, grey, palette, CMYK, one pixel, a corrupt one that is named, counted and replaced."""
+    folder = write_images(tmp_path / "images" / "some class", 110)
+    Image.new("L", (30, 60), 77).save(folder / "grey.jpg")
+    Image.new("CMYK", (60, 30), 77).save(folder / "cmyk.jpg")
+    Image.new("P", (60, 30), 77).save(folder / "palette.png")
+    Image.new("RGB", (1, 1), 77).save(folder / "pixel.png")
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (50, 30)).save(folder / "turned.jpg", exif=exif)
+    (folder / "0007.png").write_bytes(b"broken")
+    flags = [flag for flag in TINY if flag not in ("scenes:32", "--data")]
+    text = run(
+        "setsim.py",
+        *flags,
+        "--epochs",
+        "2",
+        "--batch-size",
+        "23",
+        "--data",
+        tmp_path / "images",
+        "--output-dir",
+        tmp_path / "run",
+    )
+    assert text.count("unreadable image, another one takes its place: some class/0007.png") == 1
+    assert log_lines(tmp_path / "run")[-2]["bad_images"] == 1
+    for name in sorted(os.listdir(folder))[:3]:
+        (folder / name).write_bytes(b"broken")
+    text = run("setsim.py", *flags, "--data", tmp_path / "images", "--output-dir", tmp_path / "second", expect=2)
+    assert "of 115 images cannot be read" in text
+
+
+def test_init_starts_both_encoders(finished, tmp_path, keep_signals):
+    folder, _ = finished
+    flags = [*TINY, "--output-dir", tmp_path, "--init", folder / "resnet18.pth"]
+    args = setsim.get_args([str(flag) for flag in flags])
+    method = setsim.build(args, common.World(0, 1, 0, torch.device("cpu")))
+    for name, tensor in torch.load(folder / "resnet18.pth").items():
+        for network in (method.query, method.key):
+            assert torch.equal(network.trunk.state_dict()[name], tensor)
+    text = run("setsim.py", *flags, "--steps", "1")
+    assert "backbone: 120 tensors of resnet18" in text
+    torch.testing.assert_close(  # a checkpoint serves as well
+        common.load_backbone(folder / "checkpoint.pth", "resnet18")[0],
+        torch.load(folder / "resnet18.pth"),
+        rtol=0,
+        atol=0,
+    )
+
+
+def test_trains_with_the_cards_packages_alone(tmp_path):
+    """matplotlib, tqdm, OpenCV blocked: a folder trains all the same, without pictures."""
+    write_images(tmp_path / "images", 16)
+    blocker = tmp_path / "site"
+    blocker.mkdir()
+    (blocker / "sitecustomize.py").write_text(
+        "import sys\nfor name in ('matplotlib', 'tqdm', 'cv2', 'pycocotools'):\n    sys.modules[name] = None\n"
+    )
+    flags = [flag for flag in TINY if flag not in ("scenes:32", "--data")]
+    text = run(
+        "setsim.py",
+        *flags,
+        "--data",
+        tmp_path / "images",
+        "--steps",
+        "2",
+        "--output-dir",
+        tmp_path / "run",
+        env={"PYTHONPATH": str(blocker)},
+    )
+    assert "matplotlib is not installed: no pictures" in text
+    assert set(os.listdir(tmp_path / "run")) == {"checkpoint.pth", "resnet18.pth", "log.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--framework simsiam --batch-size 8 --dim 16",
+        "--matcher none",
+        "--matcher hungarian --symmetric",
+        "--preset official --amp bf16",
+        "--amp fp16",
+    ],
+)
+def test_variants_run(flags, tmp_path, keep_signals):
+    base = [flag for flag in TINY]
+    if "simsiam" in flags:
+        for name in ("--queue-size", "24", "--group-size", "4"):
+            base.remove(name)
+    setsim.main([*base, *flags.split(), "--steps", "2", "--output-dir", str(tmp_path)])
+    assert checkpoint(tmp_path)["step"] == 2
+    run_again = [*base, *flags.split(), "--steps", "4", "--output-dir", str(tmp_path)]
+    setsim.main(run_again)
+    lines = [line for line in log_lines(tmp_path) if "loss" in line]
+    assert len(lines) == 2 and ("loss_set" in lines[0]) == ("none" not in flags)
+
+
+PAPER_SIZE = [
+    "--framework moco",
+    "--framework moco --geometry 0.5 --symmetric",
+    "--framework simsiam",
+    "--preset official",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", PAPER_SIZE)
+def test_paper_size_takes_two_steps(flags, tmp_path):
+    """ResNet-50, 224 pixels, K 65536: the paper's command with only --batch-size and --steps changed."""
+    k = [] if "simsiam" in flags else ["--queue-size", "65536"]
+    text = run(
+        "setsim.py",
+        "--data",
+        "scenes:16",
+        "--batch-size",
+        "8",
+        "--steps",
+        "2",
+        *flags.split(),
+        *k,
+        "--output-dir",
+        tmp_path,
+    )
+    line = [line for line in log_lines(tmp_path) if "loss" in line][-1]
+    assert line["step"] == 2 and line["rows"] > 1 and (tmp_path / "resnet50.pth").exists(), text
+    if k:
+        assert checkpoint(tmp_path)["model"]["set_queue.vectors"].shape == (65536, 128)
+
+
+@pytest.mark.skipif(not os.environ.get("DENSE_SSL_DATA"), reason="set DENSE_SSL_DATA to a folder of photographs")
+def test_real_photographs(tmp_path):
+    run(
+        "setsim.py",
+        "--demo",
+        "--data",
+        pathlib.Path(os.environ["DENSE_SSL_DATA"]),
+        "--steps",
+        "4",
+        "--output-dir",
+        tmp_path,
+    )
