@@ -838,7 +838,7 @@ def draw_curves(folder, panels):
     try:
         import matplotlib
     except ImportError:
-        print0("matplotlib is not installed: no pictures")
+        print0("matplotlib is not installed: no curves.png")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -46,11 +46,13 @@ from common import UserError, print0
 # Settings: every default is the paper's (section 4, "Pretraining Setting"), on MoCo-v2
 # ======================================================================================================================
 
-# PAPER: S15. Section 4 on SimSiam (lr 0.1). PAPER: S24. Table 2 was run on SimSiam, with the set chosen by ratio.
+# PAPER: section 4, "Pretraining Setting" (lr 0.1). AMBIGUOUS: S24. Table 2 was run on SimSiam: there the set goes by ratio.
 SIMSIAM = dict(lr=0.1, dim=2048, threshold=None, ratio=30.0)
 # OFFICIAL: S1, S4, S6, S12. What the released training script sets, where it differs from the text.
 OFFICIAL = dict(attention="square", threshold=0.7, ratio=None, mu=0.2, matcher="set2set", geometry=0.5)
-DEMO = dict(data="scenes", arch="resnet18", size=136, batch_size=64, epochs=6, lr=0.4, queue_size=1024, ema=0.99)
+DEMO = dict(
+    data="scenes", arch="resnet18", size=136, batch_size=64, epochs=4, lr=0.6, queue_size=512, ema=0.99, temperature=0.1
+)
 
 SET_MATCHERS = ("set2set", "set2set-nn")
 PIXEL_MATCHERS = ("random", "sort", "hungarian")
@@ -186,7 +188,7 @@ def random_view(image, size, flip_first):
         view = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)(view)
     if torch.rand(()).item() < 0.2:
         view = TF.rgb_to_grayscale(view, 3)
-    if torch.rand(()).item() < 0.5:  # PAPER: B8. Pillow's radius is MoCo-v2's sigma.
+    if torch.rand(()).item() < 0.5:  # OFFICIAL: B8. sigma is Pillow's radius, as in MoCo-v2
         view = view.filter(ImageFilter.GaussianBlur(torch.empty(()).uniform_(0.1, 2.0).item()))
     if flipped and not flip_first:
         view = TF.hflip(view)
@@ -226,7 +228,7 @@ class Encoder(nn.Module):
             self.dense_head = nn.Sequential(nn.Conv2d(C, C, 1), nn.ReLU(), nn.Conv2d(C, dim, 1))
 
     def encode(self, images):
-        z = self.trunk(common.normalise(images))[-1]  # (B, C, H, W) PAPER: S2. C5 after its ReLU, before any projector
+        z = self.trunk(common.normalise(images))[-1]  # (B, C, H, W) OFFICIAL: S2. C5 after its ReLU
         image = self.image_head(z.mean((2, 3)))  # (B, D)
         if not self.dense:
             return z, image
@@ -249,7 +251,7 @@ class SimSiamEncoder(nn.Module):
     def __init__(self, arch, dim, dense=True):
         super().__init__()
         self.dense = dense
-        self.trunk = common.ResNetTrunk(arch, zero_init_residual=True)  # PAPER: B16. as SimSiam
+        self.trunk = common.ResNetTrunk(arch, zero_init_residual=True)  # OFFICIAL: B16. SimSiam's
         C = self.trunk.widths[-1]
         self.projector, self.predictor = simsiam_heads(C, dim, nn.Linear, nn.BatchNorm1d)
         if dense:
@@ -404,7 +406,7 @@ def cell_centres(window, H, W):
     """
     x0, y0, x1, y1 = window.unbind(1)
     width, height = (x1 - x0) / W, (y1 - y0) / H
-    # DEVIATION: S27. PixPro counts from pixel centre to pixel centre (width - 1); edges are exact, and defined for one pixel.
+    # DEVIATION: S27. From edge to edge; PixPro's from pixel centre to pixel centre is 0/0 for a single pixel.
     x = x0[:, None] + (torch.arange(W, device=window.device) + 0.5) * width[:, None]  # (B, W)
     y = y0[:, None] + (torch.arange(H, device=window.device) + 0.5) * height[:, None]  # (B, H)
     x, y = x[:, None, :].expand(-1, H, -1), y[:, :, None].expand(-1, -1, W)
@@ -443,6 +445,8 @@ def match(z_q, z_k, window_q, window_k, matcher, statistic, threshold, ratio, mu
     z_q, z_k = z_q.flatten(2), z_k.flatten(2)  # (B, C, S)
     A_q, A_k = attention_map(z_q, statistic), attention_map(z_k, statistic)
     set_q, set_k = (threshold_set(A, threshold) if ratio is None else ratio_set(A, ratio) for A in (A_q, A_k))
+    if matcher not in SET_MATCHERS + PIXEL_MATCHERS:
+        set_q, set_k = set_q & False, set_k & False  # the others select no set: none is to be seen in the pictures
     similarity = cosine_similarity(z_q, z_k)
     same_place = None if geometry is None else geometry_pairs(window_q, window_k, H, W, geometry)
     if matcher in SET_MATCHERS:
@@ -609,7 +613,7 @@ class SetSimMoCo(nn.Module):
         return loss, values | health(found, q.detach(), p_q.detach())
 
     def enqueue(self, keys):
-        """PAPER: S11. Image keys, and dense keys averaged over their cells *before* the normalisation."""
+        """Image keys, and dense keys averaged over their cells before they are normalised (OFFICIAL: S11)."""
         image = [
             common.all_gather(F.normalize(key[1].float(), dim=1)) for key in keys
         ]  # (B of all processes, D) a view
@@ -788,62 +792,53 @@ def probe(method, images, args, world, title):
 
 
 def draw_matches(path, view_q, view_k, found, H, W):
-    """PAPER: Figure 3. A row per image: both views and both attention maps with their sets, one cell's links.
+    """PAPER: Figure 3. A row per image: view q, its attention and set, view k, its attention and set.
+
+    One cell of view q (the most attentive with a positive) is linked to all its positives in view k; red circles are
+    the nearest neighbours of all rows, Eq. 5.
 
     Args:
         view_q, view_k: (n, 3, size, size) uint8. found: Match of these images, or of more.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.patches import ConnectionPatch, Rectangle
-
+    side, gap, orange, blue, red = 224, 6, (255, 176, 0), (64, 176, 255), (230, 40, 40)
+    titles = ("view q, one cell", "attention and set q", "view k: its positives, neighbours red", "attention and set k")
+    canvas = Image.new("RGB", (4 * (side + gap) + gap, len(view_q) * (side + gap) + 20), "white")
+    draw = ImageDraw.Draw(canvas)
     found = Match(*(x.cpu() for x in found))
-    size = view_q.shape[-1]
-    cell = np.array([size / W, size / H])
-    figure, axes = pyplot.subplots(
-        len(view_q), 4, figsize=(9.6, 2.45 * len(view_q)), squeeze=False, layout="constrained"
-    )
-    sides = ((view_q, found.attention_q, found.set_q, "#ffb000"), (view_k, found.attention_k, found.set_k, "#40b0ff"))
+
+    def corner(row, column):
+        return np.array([gap + column * (side + gap), 20 + row * (side + gap)])
+
+    def centre(row, column, cell):
+        return corner(row, column) + (np.array([cell % W, cell // W]) + 0.5) * side / (W, H)
+
+    def disc(place, radius, **style):
+        draw.ellipse((*(place - radius), *(place + radius)), **style)
+
+    for column, title in enumerate(titles):
+        draw.text((gap + column * (side + gap), 4), title, fill="black")
     for row in range(len(view_q)):
-        for column, (views, attention, chosen, colour) in enumerate(sides):
-            picture = views[row].permute(1, 2, 0).cpu().numpy()
-            heat = attention[row].nan_to_num().view(H, W).numpy()
-            axes[row, 2 * column].imshow(picture)
-            axes[row, 2 * column + 1].imshow(picture.mean(2), cmap="gray", extent=(0, size, size, 0))
-            axes[row, 2 * column + 1].imshow(
-                heat, cmap="inferno", alpha=0.65, vmin=0, vmax=1, extent=(0, size, size, 0)
-            )
-            for axis in axes[row, 2 * column : 2 * column + 2]:
-                axis.set(xticks=[], yticks=[], xlim=(0, size), ylim=(size, 0))
-            for index in chosen[row].nonzero()[:, 0].tolist():
-                corner = np.array([index % W, index // W]) * cell
-                axes[row, 2 * column + 1].add_patch(Rectangle(corner, *cell, fill=False, ec=colour, lw=1.6))
-
-        def centre(index):
-            return (np.array([index % W, index // W]) + 0.5) * cell
-
+        sides = ((0, view_q, found.attention_q, found.set_q, orange), (2, view_k, found.attention_k, found.set_k, blue))
+        for column, views, attention, chosen, colour in sides:
+            picture = TF.to_pil_image(views[row].cpu()).resize((side, side))
+            heat = attention[row].nan_to_num().view(H, W, 1).numpy()
+            heat = 255 * np.concatenate([heat, 0.8 * heat, 0.5 - 0.5 * heat], 2)  # dark blue to yellow
+            heat = Image.fromarray(heat.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
+            canvas.paste(picture, tuple(corner(row, column)))
+            canvas.paste(Image.blend(picture.convert("L").convert("RGB"), heat, 0.6), tuple(corner(row, column + 1)))
+            for cell in chosen[row].nonzero()[:, 0].tolist():
+                middle, half = centre(row, column + 1, cell), np.array([side / W, side / H]) / 2 - 1
+                draw.rectangle((*(middle - half), *(middle + half)), outline=colour, width=3)
         linked = found.positives[row].any(1)
-        for index in found.similarity[row].argmax(1)[linked].unique().tolist():  # PAPER: Eq. 5, red circles
-            axes[row, 2].plot(*centre(index), "o", mfc="none", mec="red", ms=11, mew=1.6)
         if linked.any():
             start = found.attention_q[row].nan_to_num().masked_fill(~linked, -1).argmax().item()
-            axes[row, 0].plot(*centre(start), "o", color="#ffb000", mec="black", ms=7)
-            for index in found.positives[row, start].nonzero()[:, 0].tolist():
-                axes[row, 2].plot(*centre(index), "o", color="#40b0ff", mec="black", ms=5)
-                ends = dict(xyA=centre(start), xyB=centre(index), coordsA="data", coordsB="data")
-                link = ConnectionPatch(**ends, axesA=axes[row, 0], axesB=axes[row, 2], color="#ffb000", lw=0.9)
-                link.set_in_layout(False)
-                figure.add_artist(link)
-    for axis, title in zip(
-        axes[0], ("view q, one cell", "attention, set q", "view k, its positives; NN red", "set k"), strict=True
-    ):
-        axis.set_title(title, fontsize=9)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+            for cell in found.positives[row, start].nonzero()[:, 0].tolist():
+                draw.line((*centre(row, 0, start), *centre(row, 2, cell)), fill=orange, width=2)
+                disc(centre(row, 2, cell), 4, fill=blue, outline="black")
+            disc(centre(row, 0, start), 6, fill=orange, outline="black")
+        for cell in found.similarity[row].argmax(1)[linked].unique().tolist():
+            disc(centre(row, 2, cell), 10, outline=red, width=3)
+    canvas.save(path)
 
 
 # ======================================================================================================================
@@ -899,13 +894,12 @@ def main(argv=None):
     method = build(args, world)
     network = method.query
     lr = args.lr * args.batch_size / 256  # DEVIATION: S15. once; the released script scales a number already scaled
-    fixed = [
-        p
-        for name, p in network.named_parameters()
-        if args.framework == "simsiam" and args.fix_pred_lr and "predictor" in name
-    ]
-    decayed = [p for p in network.parameters() if not any(p is f for f in fixed)]
-    groups = [{"params": decayed, "fixed": False}] + ([{"params": fixed, "fixed": True}] if fixed else [])
+    parameters = {"decaying": [], "constant": []}  # OFFICIAL: B6. SimSiam's predictors keep their learning rate
+    for name, parameter in network.named_parameters():
+        constant = args.framework == "simsiam" and args.fix_pred_lr and "predictor" in name
+        parameters["constant" if constant else "decaying"].append(parameter)
+    groups = [{"params": params, "schedule": schedule} for schedule, params in parameters.items() if params]
+    # OFFICIAL: B3. Weight decay on norms and biases too.
     optimizer = torch.optim.SGD(groups, lr, momentum=args.momentum, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
     step, bad = 0, common.BadImages(images)
@@ -946,8 +940,9 @@ def main(argv=None):
     save_every = args.save_every or epoch_steps
     meter = common.Meter(args.batch_size)
     for *batch, index, passed in meter.timed(loader):
-        for group in optimizer.param_groups:  # PAPER: section 4, cosine decay; AMBIGUOUS: B5. per epoch
-            group["lr"] = lr if group["fixed"] else common.cosine_lr(lr, step // epoch_steps, args.epochs)
+        for group in optimizer.param_groups:  # PAPER: section 4, cosine decay
+            constant = group["schedule"] == "constant"
+            group["lr"] = lr if constant else common.cosine_lr(lr, step // epoch_steps, args.epochs)
         batch = [x.to(world.device, non_blocking=True) for x in batch]
         loss, values = method(network, *batch, step, world.rank)
         optimizer.zero_grad()

@@ -14,7 +14,7 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = "--data scenes:32 --arch resnet18 --size 64 --batch-size 8 --group-size 4 --queue-size 24 --workers 0".split()
-TINY += "--lr 0.1 --epochs 3 --print-freq 2".split()
+TINY += "--lr 0.1 --epochs 2 --print-freq 2".split()
 
 
 def command(script, *flags, processes=0):
