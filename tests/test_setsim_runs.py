@@ -12,7 +12,7 @@ import subprocess
 import pytest
 import torch
 import torchvision
-from helpers import ROOT, TINY, assert_same, checkpoint, command, log_lines, run, signal_after, write_images
+from helpers import TINY, assert_same, checkpoint, command, log_lines, run, signal_after, write_images
 from PIL import Image
 
 import common
