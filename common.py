@@ -478,7 +478,7 @@ def normalise(images):
 def encode_in_groups(encode, images, group_size):
     """Apply `encode` to groups of consecutive images one after the other, so that batch norm works per group.
 
-    A paper's GPU holds 32 images, and batch statistics are its own. Groups of 32 give the same statistics whatever
+    DEVIATION: B15. A paper's GPU holds 32 images, and batch statistics are its own. Groups of 32 give the same whatever
     the number of processes: one process with 64 images equals two with 32.
 
     Args:
@@ -493,16 +493,16 @@ def encode_in_groups(encode, images, group_size):
 
 @torch.no_grad()
 def momentum_update(key_network, query_network, m):
-    """key <- m key + (1 - m) query, over parameters only: batch norm's running statistics are each network's own."""
+    """key <- m key + (1 - m) query. OFFICIAL: B1. Parameters only: running statistics are each network's own."""
     for key, query in zip(key_network.parameters(), query_network.parameters(), strict=True):
         key.lerp_(query, 1 - m)
 
 
 class Queue(nn.Module):
-    """MoCo's queue of keys, oldest overwritten first; any batch size, wrapping around at the end.
+    """MoCo's queue of keys, oldest overwritten first. DEVIATION: B12. Any batch size, wrapping around at the end.
 
     Attributes:
-        vectors: (K, D) fp32, unit rows; Gaussian noise, normalised, until it has been filled once.
+        vectors: (K, D) fp32, unit rows; until it has been filled once, the rest is noise (OFFICIAL: B11).
         pointer: (1,) int64, the row that the next key goes to.
     """
 
@@ -610,7 +610,7 @@ def load_backbone(source, arch):
 
 
 def cosine_lr(lr, epoch, epochs):
-    """Cosine decay, constant within an epoch: lr / 2 (1 + cos(pi epoch / epochs)); the last epoch is not quite 0."""
+    """lr / 2 (1 + cos(pi epoch / epochs)). OFFICIAL: B5. Constant within an epoch; the last one is not quite 0."""
     return lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
@@ -695,6 +695,8 @@ class Checkpoints:
     def save(self, backbone, arch, **state):
         """Write the checkpoint (`state` besides script and settings), then the backbone alone.
 
+        DEVIATION: S23. Released SetSim leaves the queues out of its checkpoints and cannot resume.
+
         Errors:
             UserError: no space, or weights that are not finite: they are not saved, the last good checkpoint stays.
         """
@@ -714,6 +716,7 @@ def command():
 
 
 def versions():
+    """{package: version} of what the results depend on."""
     return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
 
 

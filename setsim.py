@@ -51,7 +51,7 @@ SIMSIAM = dict(lr=0.1, dim=2048, threshold=None, ratio=30.0)
 # OFFICIAL: S1, S4, S6, S12. What the released training script sets, where it differs from the text.
 OFFICIAL = dict(attention="square", threshold=0.7, ratio=None, mu=0.2, matcher="set2set", geometry=0.5)
 DEMO = dict(
-    data="scenes", arch="resnet18", size=136, batch_size=64, epochs=4, lr=0.6, queue_size=512, ema=0.99, temperature=0.1
+    data="scenes", arch="resnet18", size=136, batch_size=64, epochs=3, lr=0.6, queue_size=512, ema=0.99, temperature=0.1
 )
 
 SET_MATCHERS = ("set2set", "set2set-nn")
@@ -92,7 +92,7 @@ def get_args(argv=None):
     flag("--batch-size", default=256, type=int, help="over all processes; must be divisible by their number")
     flag("--lr", default=0.03, type=float, help="at batch 256, scaled linearly with the batch; default 0.1 on SimSiam")
     flag("--fix-pred-lr", default=True, action=switch, help="SimSiam: no decay of the predictors' learning rate")
-    flag("--momentum", default=0.9, type=float, help="of SGD")
+    flag("--momentum", default=0.9, type=float, help="momentum of SGD")
     flag("--weight-decay", default=1e-4, type=float, help="on all parameters, norms and biases included")
     flag("--amp", default="none", choices=("none", "bf16", "fp16"), help="autocast of the encoders; losses and queues are fp32 always")
     flag("--seed", default=0, type=int, help="everything random is a function of it")
