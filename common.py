@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the method scripts share, and nothing that is a paper's own mathematics.
 
-    processes      World, start_processes, all_gather, shuffle, unshuffle, agree
+    processes      World, start_processes, all_gather, shuffle, unshuffle, agree, StopSignal
     randomness     key_seed, generator, drawing: every draw is a function of a key, no state is kept
     images         read_image, ImageFolder, Scenes, Batches: from a folder to (epoch, index) pairs
     networks       ResNetTrunk, Queue, momentum_update, load_backbone
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
 from torch import nn
 
 # ======================================================================================================================
@@ -51,16 +51,16 @@ def run_main(main):
     Errors:
         SystemExit(2): after a UserError or a write that the file system refused.
     """
-    script = os.path.basename(sys.argv[0])
+    who = os.path.basename(sys.argv[0]) + (f" (process {os.environ['RANK']})" if "RANK" in os.environ else "")
     try:
         main()
     except UserError as error:
-        print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{who}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:
         if not is_disk_full(error):
             raise
-        print(f"{script}: error: {disk_full_line(error.filename or 'the output')}", file=sys.stderr, flush=True)
+        print(f"{who}: error: {disk_full_line(error.filename or 'the output')}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -185,6 +185,26 @@ def agree(*flags):
     return total.tolist()
 
 
+def wrap_distributed(network, world):
+    """DistributedDataParallel where there are several processes, the network itself otherwise.
+
+    On CPUs, looking for unused parameters (there are none) has a side effect that is wanted: DDP leaves its buckets
+    as they are after the first step, so a resumed run adds up in the same order, bit for bit.
+    """
+    if world.size == 1:
+        return network
+    if world.device.type == "cuda":
+        return nn.parallel.DistributedDataParallel(network, [world.local_rank])
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    return nn.parallel.DistributedDataParallel(network, find_unused_parameters=True)
+
+
+def require_agreement(value, complaint):
+    """Stop with a UserError on all processes if `value` is not the same on all of them."""
+    if len(all_gather(torch.tensor([key_seed(value)])).unique()) > 1:
+        raise UserError(complaint)
+
+
 def mean_over_processes(x):
     """Mean of a tensor over the processes; in place where there are several."""
     if world_size() > 1:
@@ -204,6 +224,17 @@ class StopSignal:
     def remember(self, number, frame):
         self.arrived = 1
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def detach_worker(_):
+    """worker_init_fn of a loader: a process group of its own, so that a SIGTERM or Ctrl-C meant for the training does
+    not kill its workers before the step is finished and saved."""
+    os.setpgrp()
+
+
+def usable_cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 # ======================================================================================================================
@@ -366,9 +397,9 @@ class Scenes:
 
 
 def open_images(data, size, seed):
-    """The images that `--data` names: 'scenes' or 'scenes:COUNT' (procedural), or a folder."""
+    """The images that `--data` names: 'scenes' or 'scenes:COUNT' (procedural), else a folder ('./scenes' is one)."""
     word, _, count = data.partition(":")
-    if word == "scenes" and not os.path.isdir(data):
+    if word == "scenes":
         if count and not (count.isdecimal() and int(count) > 0):
             raise UserError(f"--data {data}: write scenes:4096 for 4096 scenes")
         return Scenes(int(count or 4096), size, seed)
@@ -600,7 +631,8 @@ def load_backbone(source, arch):
         elif not torch.isfinite(state[name]).all():
             raise UserError(f"{source}: {prefix}{name} is not finite")
     where = f"'{container}{prefix}*'" if container + prefix else "the top level"
-    line = f"backbone: {len(state)} tensors of {arch} from {source}, {where}; {len(values) - len(state)} others left"
+    left = len(values) - sum(prefix + name in values for name in wanted)
+    line = f"backbone: {len(state)} tensors of {arch} from {source}, {where}; {left} others beside them not used"
     return state, line
 
 
@@ -655,12 +687,11 @@ class Checkpoints:
         folder: the run's output folder, made if need be.
         script: "setsim", ...: a checkpoint of another script is refused.
         settings: plain values that change the mathematics; a resume must find the same.
-        resume: a file that must exist, or None: the folder's own checkpoint, if there is one.
     Errors:
-        UserError: the folder is a file or cannot be made, no such checkpoint, another script's, other settings.
+        UserError: the folder is a file or cannot be made.
     """
 
-    def __init__(self, folder, script, settings, resume=None):
+    def __init__(self, folder, script, settings):
         self.path, self.script, self.settings = os.path.join(folder, "checkpoint.pth"), script, settings
         try:
             os.makedirs(folder, exist_ok=True)
@@ -668,10 +699,17 @@ class Checkpoints:
                 raise PermissionError(errno.EACCES, "no permission to write there")
         except OSError as error:
             raise UserError(f"--output-dir {folder}: {error.strerror}: give a folder that can be written") from None
+
+    def load(self, resume=None):
+        """The state to continue from, or None: the folder's own checkpoint or `resume`, whichever is further.
+
+        Errors:
+            UserError: no such file, not a checkpoint of this script, other settings.
+        """
         if resume and not os.path.exists(resume):
             raise UserError(f"--resume {resume}: no such file")
-        source = resume or (self.path if os.path.exists(self.path) else None)
-        self.loaded = self.read(source) if source else None
+        found = [self.read(path) for path in (resume, self.path) if path and os.path.exists(path)]
+        return max(found, key=lambda state: state["step"], default=None)
 
     def read(self, source):
         found = load_checkpoint_file(source)
@@ -693,7 +731,7 @@ class Checkpoints:
         return found
 
     def save(self, backbone, arch, **state):
-        """Write the checkpoint (`state` besides script and settings), then the backbone alone.
+        """Write the backbone alone, then the checkpoint (`state` besides script and settings), which is what counts.
 
         DEVIATION: S23. Released SetSim leaves the queues out of its checkpoints and cannot resume.
 
@@ -705,9 +743,9 @@ class Checkpoints:
                 f"the weights are no longer finite at step {state['step']}; the checkpoint saved before is kept. "
                 "Start anew in another --output-dir with a lower --lr"
             )
-        save_atomically({"script": self.script, "settings": self.settings, **state}, self.path)
         weights = {name: tensor.contiguous().cpu() for name, tensor in backbone.state_dict().items()}
         save_atomically(weights, os.path.join(os.path.dirname(self.path), f"{arch}.pth"))
+        save_atomically({"script": self.script, "settings": self.settings, **state}, self.path)
 
 
 def command():
@@ -860,6 +898,3 @@ def draw_curves(folder, panels):
         axis.set(title=title, xlabel="step")
     figure.savefig(os.path.join(folder, "curves.png"), dpi=110)
     pyplot.close(figure)
-
-
-ImageFile.LOAD_TRUNCATED_IMAGES = False  # a half-written file is an error, not a grey patch

@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from scipy.optimize import linear_sum_assignment
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
@@ -80,11 +79,11 @@ def get_args(argv=None):
     flag("--loss-weight", default=0.5, type=float, help="lambda of Eq. 9: share of the set loss; 0 to 1")
     flag("--temperature", default=0.2, type=float, help="tau of Eqs. 1 and 8; below 0.05 training tends to diverge")
     flag("--dim", default=128, type=int, help="D, size of embeddings; default 2048 on SimSiam")
-    flag("--queue-size", default=65536, type=int, help="K, of each queue; more than the data has images brings old keys of the same image back as negatives")
+    flag("--queue-size", default=65536, type=int, help="K, of each queue; more than the data has images holds several old keys of one image as negatives")
     flag("--ema", default=0.999, type=float, help="m: key encoder <- m key + (1 - m) query; short runs need a smaller one")
     # the encoder and its images
     flag("--arch", default="resnet50", choices=common.ARCHS, help="torchvision ResNet")
-    flag("--size", default=224, type=int, help="side of a view in pixels; the map has size/32 cells a side")
+    flag("--size", default=224, type=int, help="side of a view in pixels; the map has size/32 cells a side, rounded up")
     flag("--init", default=None, metavar="FILE", help="start from these weights: any checkpoint with a ResNet in it, or 'imagenet'")
     flag("--group-size", default=32, type=int, help="images whose batch statistics are taken together, as on one of the paper's GPUs")
     # optimisation
@@ -98,7 +97,7 @@ def get_args(argv=None):
     flag("--seed", default=0, type=int, help="everything random is a function of it")
     # the run
     flag("--steps", default=None, type=int, help="stop after so many steps in all, schedule unchanged")
-    flag("--workers", default=min(8, os.cpu_count()), type=int, help="loader processes for each training process; no influence on results")
+    flag("--workers", default=min(8, common.usable_cores()), type=int, help="loader processes for each training process; no influence on results")
     flag("--print-freq", default=10, type=int, help="steps between log lines")
     flag("--save-every", default=None, type=int, help="steps between checkpoints; default one epoch")
     flag("--resume", default=None, metavar="FILE", help="continue from this checkpoint; default OUTPUT_DIR/checkpoint.pth if it is there")
@@ -315,7 +314,7 @@ def ratio_set(A, percent):
 
     At least one cell; halves round up; equal values go by index (AMBIGUOUS: S19).
     """
-    count = max(1, int(percent / 100 * A.shape[1] + 0.5))
+    count = max(1, int(percent * A.shape[1] / 100 + 0.5))
     order = torch.argsort(A, dim=1, descending=True, stable=True)  # (B, S)
     chosen = torch.zeros_like(A, dtype=torch.bool).scatter(1, order[:, :count], True)
     return chosen & ~A.isnan()
@@ -419,7 +418,7 @@ def geometry_pairs(window_q, window_k, H, W, T):
     Args:
         window_q, window_k: (B, 4), see random_view. H, W: cells. T: 0.5 in SetSim (OFFICIAL: S12), 0.7 in PixPro.
     Returns:
-        (B, S, S) bool; at 0.7 and below, a view and itself give exactly the identity.
+        (B, S, S) bool. For a window that is square in image fractions and itself, exactly the identity up to T = 0.7.
     """
     centres_q, diagonal_q = cell_centres(window_q, H, W)
     centres_k, diagonal_k = cell_centres(window_k, H, W)
@@ -697,8 +696,8 @@ class SetSimSimSiam(nn.Module):
             return tuple(output[0].float() for output in self.query(view_q, view_k))
 
 
-def build(args, world):
-    """The method that the settings describe, on its device, equal on all processes."""
+def build(args, world, init=None):
+    """The method that the settings describe, on its device, equal on all processes; `init`: weights to start from."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp, torch.float32)
 
     def autocast():
@@ -716,8 +715,8 @@ def build(args, world):
             encoder = Encoder(args.arch, args.dim, args.group_size, dense)
         else:
             encoder = SimSiamEncoder(args.arch, args.dim, dense)
-    if args.init:
-        weights, line = common.load_backbone(args.init, args.arch)
+    if init:
+        weights, line = common.load_backbone(init, args.arch)
         encoder.trunk.load_state_dict(weights)
         print0(line)
     if args.framework == "moco":
@@ -765,6 +764,7 @@ def probe(method, images, args, world, title):
     """On fixed pairs of crops: draw OUTPUT_DIR/matches_<title>.png, print and return the correspondence accuracy.
 
     The networks are copies in training mode, so that batch statistics are what the loss sees and nothing is changed.
+    All processes compute the same (synchronised batch norm waits for all); the first one draws.
     """
     method = copy.deepcopy(method)
     hits, chances, cells = 0.0, 0.0, 0
@@ -778,7 +778,7 @@ def probe(method, images, args, world, title):
         z_q, z_k = method.features(view_q, view_k)
         H, W = z_q.shape[2:]
         found = method.matcher(z_q, z_k, window_q, window_k, common.generator("match", args.seed, "probe"))
-        if first == 0:
+        if first == 0 and world.rank == 0:
             draw_matches(os.path.join(args.output_dir, f"matches_{title}.png"), view_q[:6], view_k[:6], found, H, W)
         hit, chance, n = correspondence_accuracy(found.similarity, window_q, window_k, H, W)
         hits, chances, cells = hits + hit * n, chances + chance * n, cells + n
@@ -855,6 +855,36 @@ CURVES = {
 FREE = ("data", "output_dir", "demo", "steps", "workers", "print_freq", "save_every", "resume", "given")
 
 
+def fit_batch_and_queue(args, images, world):
+    """Check that batch, processes, groups and data go together; shrink a queue that nobody asked for to the data."""
+    share = args.batch_size // world.size
+    if args.batch_size % world.size:
+        raise UserError(f"--batch-size {args.batch_size} is not divisible by {world.size} processes")
+    if share < 2:
+        raise UserError(f"--batch-size {args.batch_size} leaves one image for each process: batch norm needs two")
+    if len(images) < args.batch_size:
+        raise UserError(f"{len(images)} images are fewer than --batch-size {args.batch_size}: give a smaller one")
+    if args.framework == "simsiam":
+        return
+    groups = -(-share // args.group_size)
+    if share // groups < 2:
+        raise UserError(
+            f"{share} images a process in groups of {args.group_size} leave one alone: batch norm needs two"
+        )
+    if share / groups != args.group_size:
+        print0(f"batch norm: groups of {share // groups} images instead of {args.group_size}")
+    if groups * world.size == 1:
+        print0("warning: one group of images: shuffling batch norm does nothing, and keys may leak through it")
+    fitting = max(1, len(images) // args.batch_size - 1) * args.batch_size
+    if args.queue_size > fitting and "queue_size" in args.given:
+        print0(f"warning: --queue-size {args.queue_size} can hold several keys of one image (there are {len(images)})")
+    elif args.queue_size > fitting:
+        print0(
+            f"queue: {fitting} keys instead of {args.queue_size}, not to hold two of one image ({len(images)} images)"
+        )
+        args.queue_size = fitting
+
+
 def main(argv=None):
     args = get_args(argv)
     world = common.start_processes()
@@ -864,25 +894,7 @@ def main(argv=None):
 
     # data -------------------------------------------------------------------------------------------------------------
     images = common.open_images(args.data, args.size, args.seed)
-    if args.batch_size % world.size:
-        raise UserError(f"--batch-size {args.batch_size} is not divisible by {world.size} processes")
-    if len(images) < args.batch_size:
-        raise UserError(f"{len(images)} images are fewer than --batch-size {args.batch_size}: give a smaller one")
-    if args.framework == "moco" and args.queue_size > len(images) - args.batch_size:
-        fitting = max(1, len(images) // args.batch_size - 1) * args.batch_size
-        if "queue_size" in args.given:
-            print0(
-                f"warning: --queue-size {args.queue_size} holds old keys of the same images (there are {len(images)})"
-            )
-        elif fitting < args.queue_size:
-            print0(
-                f"queue: {fitting} instead of {args.queue_size}, so as not to hold a key of the same image ({len(images)} images)"
-            )
-            args.queue_size = fitting
-    if args.framework == "moco" and args.batch_size <= args.group_size:
-        print0(
-            f"warning: a batch of {args.batch_size} is one group: shuffling batch norm does nothing, keys may leak through it"
-        )
+    fit_batch_and_queue(args, images, world)
     epoch_steps = len(images) // args.batch_size
     total = args.epochs * epoch_steps
     last = total if args.steps is None else min(total, args.steps)
@@ -890,8 +902,13 @@ def main(argv=None):
     # method, optimiser, resume ----------------------------------------------------------------------------------------
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     settings |= {"files": images.fingerprint(), "processes": world.size}
-    checkpoints = common.Checkpoints(args.output_dir, "setsim", settings, args.resume)
-    method = build(args, world)
+    checkpoints = common.Checkpoints(args.output_dir, "setsim", settings)
+    state = checkpoints.load(args.resume)
+    common.require_agreement(
+        (settings["files"], state and state["step"]),
+        "the processes see different images or checkpoints: --data and --output-dir must be the same on all machines",
+    )
+    method = build(args, world, None if state else args.init)
     network = method.query
     lr = args.lr * args.batch_size / 256  # DEVIATION: S15. once; the released script scales a number already scaled
     parameters = {"decaying": [], "constant": []}  # OFFICIAL: B6. SimSiam's predictors keep their learning rate
@@ -903,8 +920,7 @@ def main(argv=None):
     optimizer = torch.optim.SGD(groups, lr, momentum=args.momentum, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
     step, bad = 0, common.BadImages(images)
-    if checkpoints.loaded:
-        state = checkpoints.loaded
+    if state:
         method.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -914,8 +930,8 @@ def main(argv=None):
             print0(f"{args.output_dir}: finished, at step {step} of {last}; give another --output-dir for a new run")
             return
         print0(f"continued from step {step}")
-    if world.size > 1:
-        network = DistributedDataParallel(network, [world.local_rank] if world.device.type == "cuda" else None)
+        del state  # as large as everything else together
+    network = common.wrap_distributed(network, world)
 
     # start ------------------------------------------------------------------------------------------------------------
     chance = {"loss_chance": float(np.log(args.queue_size + 1)) if args.framework == "moco" else None}
@@ -927,7 +943,7 @@ def main(argv=None):
     )
     header = {"command": common.command(), "versions": common.versions(), "settings": settings}
     log = common.RunLog(args.output_dir, header, step, last, world.rank == 0)
-    if world.rank == 0 and step == 0:
+    if step == 0:
         log.write({"step": 0, "probe": probe(method, images, args, world, "start")})
 
     # steps ------------------------------------------------------------------------------------------------------------
@@ -935,9 +951,18 @@ def main(argv=None):
         TwoViews(images, args.size, args.preset == "official", args.seed),
         batch_sampler=common.Batches(len(images), args.batch_size, world, args.seed, step, last),
         num_workers=args.workers,
+        worker_init_fn=common.detach_worker,
         pin_memory=world.device.type == "cuda",
     )
-    save_every = args.save_every or epoch_steps
+    save_every, first = args.save_every or epoch_steps, step
+
+    def save():
+        if world.rank == 0:
+            checkpoints.save(
+                method.query.trunk, args.arch, step=step, model=method.state_dict(), optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(), bad_images=sorted(bad.found),
+            )  # fmt: skip
+
     meter = common.Meter(args.batch_size)
     for *batch, index, passed in meter.timed(loader):
         for group in optimizer.param_groups:  # PAPER: section 4, cosine decay
@@ -964,20 +989,19 @@ def main(argv=None):
             line = {"epoch": step / epoch_steps, "lr": optimizer.param_groups[0]["lr"], **means, **chance}
             log.step(step, line | {"bad_images": len(bad.found)}, shown(line))
             meter.reset()
-        if saving and world.rank == 0:
-            checkpoints.save(
-                method.query.trunk, args.arch, step=step, model=method.state_dict(), optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(), bad_images=sorted(bad.found),
-            )  # fmt: skip
+        if saving:
+            save()
         if stop:
             print0(f"stopped by a signal and saved at step {step}; the same command continues")
             break
 
     # results ----------------------------------------------------------------------------------------------------------
     log.close()
+    if step == first:  # nothing was left to do, but for what follows
+        save()
+    if step >= last:
+        log.write({"step": step, "probe": probe(method, images, args, world, "end")})
     if world.rank == 0:
-        if step >= last:
-            log.write({"step": step, "probe": probe(method, images, args, world, "end")})
         common.draw_curves(args.output_dir, CURVES)
         print0(
             f"{args.output_dir}: {args.arch}.pth (the backbone), checkpoint.pth, log.jsonl, curves.png, matches_*.png"

@@ -98,6 +98,8 @@ def lifted(script, *names):
     """Execute the source of some top-level definitions of a script on their own, with only libraries in scope."""
     import scipy.optimize
     import torch.nn.functional as F
+    import torchvision.transforms as transforms
+    from PIL import ImageFilter
 
     source = (ROOT / script).read_text()
     scope = {
@@ -105,6 +107,9 @@ def lifted(script, *names):
         "F": F,
         "np": np,
         "nn": torch.nn,
+        "transforms": transforms,
+        "TF": transforms.functional,
+        "ImageFilter": ImageFilter,
         "linear_sum_assignment": scipy.optimize.linear_sum_assignment,
     }
     wanted = [node for node in ast.parse(source).body if getattr(node, "name", None) in names]

@@ -78,6 +78,8 @@ def test_geometry_of_identical_flipped_and_disjoint_views():
     identity = torch.eye(49, dtype=torch.bool)[None]
     assert torch.equal(setsim.geometry_pairs(view, view, 7, 7, 0.7), identity)
     assert torch.equal(setsim.geometry_pairs(mirror, mirror, 7, 7, 0.5), identity)
+    wide = torch.tensor([[0.0, 0.0, 1.0, 0.4]])  # in image fractions the cells are 2.5 times as wide as high
+    assert setsim.geometry_pairs(wide, wide, 7, 7, 0.5).sum() == 49 + 2 * 7 * 6  # ... so vertical neighbours are near
     mirrored = identity.view(7, 7, 7, 7).flip(3).reshape(1, 49, 49)
     assert torch.equal(setsim.geometry_pairs(view, mirror, 7, 7, 0.5), mirrored)
     assert not setsim.geometry_pairs(view, torch.tensor([[0.6, 0.2, 0.9, 0.6]]), 7, 7, 0.5).any()
@@ -481,7 +483,7 @@ def tiny_batch(seed=0, n=8):
         .repeat_interleave(16, 4)
     )
     windows = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(n, 1)
-    return views[0], views[1], windows, windows
+    return views[0], views[1], windows.clone(), windows.clone()
 
 
 def test_key_network_starts_equal_and_gets_no_gradient():
@@ -548,8 +550,7 @@ def test_losses_see_the_queues_as_they_were_and_enqueue_once(symmetric, monkeypa
     method(method.query, view_q, view_k, window_q, window_k, step=0)
     directions = 2 if symmetric else 1
     assert len(seen) == 2 * directions and len(passes) == 1
-    for queue in seen:
-        assert torch.equal(queue, before[0]) or torch.equal(queue, before[1])
+    assert all(torch.equal(queue, before[n % 2]) for n, queue in enumerate(seen))  # image loss, set loss, each its own
     assert [after for after, _ in calls] == [2 * directions] * 2  # both queues, after every loss
     assert all(len(keys) == 8 * directions for _, keys in calls)
     for queue, old in zip(queues, before, strict=True):
@@ -568,14 +569,56 @@ def test_losses_see_the_queues_as_they_were_and_enqueue_once(symmetric, monkeypa
     assert torch.equal(queues[1].vectors[: 8 * directions], pooled)
 
 
+def test_matcher_sees_z_of_both_networks():
+    """z_q of the query network, z_k of the momentum encoder, un-shuffled (S2)."""
+    method, _ = tiny("--ema", "1")
+    with torch.no_grad():
+        for parameter in method.key.parameters():
+            parameter.mul_(1.01)
+    seen, outputs = [], {}
+    matcher = method.matcher
+    method.matcher = lambda *a: seen.append(a) or matcher(*a)
+    for name in ("query", "key"):
+        getattr(method, name).register_forward_hook(lambda m, i, out, name=name: outputs.update({name: out[0][0]}))
+    views = tiny_batch()
+    views[3][:, 2] = 0.4
+    method(method.query, *views, step=0)
+    permutation = torch.randperm(8, generator=common.generator("shuffle", 0, 0))
+    z_q, z_k, window_q, window_k, _ = seen[0]
+    assert torch.equal(z_q, outputs["query"]) and torch.equal(z_k, outputs["key"][torch.argsort(permutation)])
+    assert not torch.equal(z_q, z_k) and not z_q.requires_grad
+    assert torch.equal(window_q, views[2]) and torch.equal(window_k, views[3])
+
+
+def test_losses_and_queues_stay_in_fp32_under_amp(monkeypatch):
+    seen = []
+    for name in ("image_contrastive_loss", "set_contrastive_loss"):
+        original = getattr(setsim, name)
+        monkeypatch.setattr(
+            setsim,
+            name,
+            lambda *a, original=original: seen.append((a, torch.is_autocast_enabled("cpu"))) or original(*a),
+        )
+    method, _ = tiny("--amp", "bf16")
+    outputs = []
+    method.query.register_forward_hook(lambda m, i, out: outputs.append(out))
+    method(method.query, *tiny_batch(), step=0)
+    assert outputs[0][0][1].dtype == torch.bfloat16 and len(seen) == 2  # the encoders do run in bf16
+    for arguments, autocast in seen:
+        assert not autocast
+        assert {x.dtype for x in arguments if isinstance(x, torch.Tensor)} <= {torch.float32, torch.bool}
+    assert method.set_queue.vectors.dtype == torch.float32
+
+
 def test_symmetric_loss_is_the_mean_of_both_directions():
     values = []
     for flags, batch in (([], (0, 1, 2, 3)), ([], (1, 0, 3, 2)), (["--symmetric"], (0, 1, 2, 3))):
-        method, _ = tiny(*flags)
+        method, _ = tiny("--matcher", "geometry", *flags)
         views = tiny_batch()
-        views[2][:, 2] = 0.7
+        views[2][:, 2] = 0.4  # the windows differ, so it matters whose is whose
         values.append(method(method.query, *(views[i] for i in batch), step=0)[1])
-    for name in ("loss", "loss_image", "loss_set"):
+    assert values[0]["rows"] != values[1]["rows"] or values[0]["loss_set"] != values[1]["loss_set"]
+    for name in ("loss", "loss_image", "loss_set", "rows", "positives"):
         assert values[2][name].item() == pytest.approx((values[0][name] + values[1][name]).item() / 2, rel=1e-5)
 
 
@@ -646,10 +689,13 @@ def test_health_values_against_a_count():
 
 
 def test_simsiam_iteration():
-    simsiam = "--data scenes --arch resnet18 --size 64 --batch-size 8 --dim 32 --framework simsiam".split()
+    simsiam = (
+        "--data scenes --arch resnet18 --size 64 --batch-size 8 --dim 32 --framework simsiam --geometry 0.5".split()
+    )
     args = setsim.get_args(simsiam)
     method = setsim.build(args, common.World(0, 1, 0, torch.device("cpu")))
     views = tiny_batch()
+    views[3][:, 2] = 0.4
     loss, values = method(method.query, *views, step=0)
     loss.backward()
     assert all(p.grad is not None for p in method.query.parameters())
@@ -711,6 +757,11 @@ def test_presets_reach_the_matcher_and_the_views(preset, monkeypatch):
     mu, nearest, kept_at_mu, geometry = calls[0][3:]
     assert (mu, nearest, kept_at_mu) == {"paper": (0.0, True, False), "official": (0.2, False, True)}[preset]
     assert (geometry is not None) == (preset == "official")
+    first = []
+    monkeypatch.setattr(setsim, "random_view", lambda image, size, flip_first: first.append(flip_first) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # stop where the first view is drawn for training
+        setsim.TwoViews([(None, 0)], 64, args.preset == "official", 0)[0, 0]
+    assert first == [preset == "official"]
 
 
 def test_pixel_matchers_and_geometry_have_their_defaults():
@@ -768,12 +819,17 @@ def test_pieces_work_alone(monkeypatch):
         ("image_cosine_loss",),
         ("set_cosine_loss",),
     ]
-    pieces += [("NegativeLogSumExp", "negative_logsumexp"), ("cell_centres", "correspondence_accuracy")]
+    pieces += [
+        ("NegativeLogSumExp", "negative_logsumexp"),
+        ("cell_centres", "correspondence_accuracy"),
+        ("random_view",),
+    ]
     for loss in ("image_contrastive_loss", "set_contrastive_loss"):
         pieces += [("NegativeLogSumExp", "negative_logsumexp", loss)]
     for names in pieces:
         for name, alone in zip(names, lifted("setsim.py", *names), strict=True):
             monkeypatch.setattr(setsim, name, alone)
+    test_views_follow_the_recipe()
     test_attention_on_a_worked_example()
     test_ratio_ties_go_by_index()
     test_cosine_similarity_against_a_loop()

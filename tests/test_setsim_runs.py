@@ -208,10 +208,14 @@ def test_resume_with_other_settings_is_refused_and_named(finished, tmp_path):
     assert_same(before, checkpoint(folder))
 
 
-def test_explicit_resume(finished, tmp_path):
+def test_explicit_resume(finished, tmp_path, capsys):
     folder, _ = finished
-    shutil.copy(folder / "checkpoint.pth", tmp_path / "other.pth")
-    train(*TINY, "--steps", "2", "--output-dir", tmp_path / "new", "--resume", tmp_path / "other.pth")
+    train(*TINY, "--steps", "2", "--output-dir", tmp_path / "own")
+    moved = [*TINY, "--output-dir", tmp_path / "new", "--resume", tmp_path / "own" / "checkpoint.pth"]
+    train(*moved, "--steps", "3")
+    train(*moved)  # the same command again: from step 3 of its own, not from step 2
+    assert "continued from step 3" in capsys.readouterr().out
+    assert_same(checkpoint(tmp_path / "new"), checkpoint(folder))
     flags = [*TINY, "--output-dir", tmp_path / "x", "--resume", "nowhere.pth"]
     assert in_process(*flags) == "--resume nowhere.pth: no such file"
 

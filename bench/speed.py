@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""Speed and memory, as ratios taken side by side in one run: the two candidates in turn, medians over --repeat rounds.
+
+python -m bench.speed set-loss      setsim.py's set loss against every row x every key in one tensor
+python -m bench.speed iteration     a whole iteration of SetSim against plain MoCo-v2 on the same encoder
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+import common
+import setsim
+
+
+def dense_set_loss(p_q, p_k, positives, queue, temperature):
+    """Eq. 8 as it is written: all B x S x K logits at once, masks for the rows without positives."""
+    logits = torch.einsum("bid,bjd->bij", p_q, p_k) / temperature
+    negatives = torch.einsum("bid,kd->bik", p_q, queue) / temperature  # (B, S, K)
+    denominator = (logits.exp() * positives).sum(2) + negatives.exp().sum(2)
+    count = positives.sum(2)
+    row = -((logits - denominator.log()[:, :, None]) * positives).sum(2) / count.clamp(min=1)
+    return (row.sum(1) / (count > 0).sum(1).clamp(min=1)).mean()
+
+
+def set_loss_case(batch, cells, dim, queue_size):
+    """Unit vectors and sets that hold about 30 % of the cells, as they do early in training."""
+    rng = torch.Generator().manual_seed(0)
+    p_q, p_k = F.normalize(torch.randn(2, batch, cells, dim, generator=rng), dim=3)
+    set_q, set_k = torch.rand(2, batch, cells, generator=rng) < 0.3
+    queue = F.normalize(torch.randn(queue_size, dim, generator=rng), dim=1)
+    return p_q.requires_grad_(), p_k, set_q[:, :, None] & set_k[:, None, :], queue
+
+
+def one_set_loss(which):
+    """In a process of its own: seconds of forward and backward, megabytes beyond the inputs, value, gradient norm."""
+    loss = {"ours": setsim.set_contrastive_loss, "dense": dense_set_loss}[which]
+    p_q, p_k, positives, queue = set_loss_case(32, 49, 128, 65536)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    value = loss(p_q, p_k, positives, queue, 0.2)
+    value.backward()
+    seconds = time.perf_counter() - started
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"seconds": seconds, "MB": memory, "value": value.item(), "gradient": p_q.grad.norm().item()}
+
+
+def set_loss(repeat):
+    """Both losses in turn, each time in a fresh process (a process remembers its highest memory)."""
+    runs = {"ours": [], "dense": []}
+    for _ in range(repeat):
+        for which in runs:
+            command = [sys.executable, "-m", "bench.speed", "set-loss", "--only", which]
+            runs[which].append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    for which, rounds in runs.items():
+        seconds, memory = ([r[key] for r in rounds] for key in ("seconds", "MB"))
+        print(
+            f"{which:6} {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), "
+            f"{statistics.median(memory):.0f} MB, value {rounds[0]['value']:.6f}, gradient {rounds[0]['gradient']:.6f}"
+        )
+    ratios = [d["seconds"] / o["seconds"] for o, d in zip(runs["ours"], runs["dense"], strict=True)]
+    print(
+        f"dense / ours: {statistics.median(ratios):.1f} times the time ({min(ratios):.1f} to {max(ratios):.1f}), n {repeat}"
+    )
+
+
+def iteration(repeat, arch, size, batch):
+    """Forward, backward and step of each variant in turn, on random views."""
+    world, steps = common.World(0, 1, 0, torch.device("cpu")), {}
+    rng = torch.Generator().manual_seed(0)
+    views = torch.randint(0, 256, (2, batch, 3, size, size), generator=rng, dtype=torch.uint8)
+    windows = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(batch, 1)
+    variants = {"MoCo-v2": "--matcher none", "SetSim": "", "SetSim + Geo": "--geometry 0.5"}
+    for name, flags in variants.items():
+        common_flags = f"--data x --arch {arch} --size {size} --batch-size {batch} {flags}"
+        method = setsim.build(setsim.get_args(common_flags.split()), world)
+        optimizer = torch.optim.SGD(method.query.parameters(), 0.01, momentum=0.9)
+
+        def step(method=method, optimizer=optimizer):
+            started = time.perf_counter()
+            loss, _ = method(method.query, views[0], views[1], windows, windows, 0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return time.perf_counter() - started
+
+        steps[name] = step
+        step()
+    seconds = {name: [] for name in variants}
+    for _ in range(repeat):
+        for name, step in steps.items():
+            seconds[name].append(step())
+    for name, values in seconds.items():
+        ratios = [a / b for a, b in zip(values, seconds["MoCo-v2"], strict=True)]
+        print(
+            f"{name:13} {statistics.median(values):.2f} s an iteration, {statistics.median(ratios):.3f} of MoCo-v2's "
+            f"({min(ratios):.3f} to {max(ratios):.3f}), n {repeat}, batch {batch}, {arch}, {size} pixels, fp32"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("set-loss", "iteration"))
+    parser.add_argument("--repeat", type=int, default=5, help="rounds; medians and ranges are over them")
+    parser.add_argument("--arch", default="resnet50", help="of 'iteration'")
+    parser.add_argument("--size", type=int, default=224, help="of 'iteration': side of a view")
+    parser.add_argument("--batch", type=int, default=32, help="of 'iteration': images")
+    parser.add_argument("--only", choices=("ours", "dense"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        print(json.dumps(one_set_loss(args.only)))
+    elif args.what == "set-loss":
+        set_loss(args.repeat)
+    else:
+        iteration(args.repeat, args.arch, args.size, args.batch)
+
+
+if __name__ == "__main__":
+    main()
