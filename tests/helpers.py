@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -47,6 +48,7 @@ def signal_after(script, *flags, line, number, processes=0):
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
+        start_new_session=True,
     )
     deadline = time.time() + 200
     while time.time() < deadline and process.poll() is None:
@@ -54,7 +56,10 @@ def signal_after(script, *flags, line, number, processes=0):
         if log.exists() and log.read_text().count("\n") >= line:
             break
         time.sleep(0.02)
-    process.send_signal(number)
+    if processes:
+        process.send_signal(number)  # torchrun passes it on to the groups of its workers
+    else:
+        os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=100)
     return process.returncode, output
 
@@ -103,6 +108,8 @@ def lifted(script, *names):
 
     source = (ROOT / script).read_text()
     scope = {
+        "math": math,
+        "dist": torch.distributed,
         "torch": torch,
         "F": F,
         "np": np,

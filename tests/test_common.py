@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import ROOT, command, write_images
+from helpers import ROOT, command, lifted, write_images
 from PIL import Image
 
 import common
@@ -247,6 +247,24 @@ def test_groups_have_their_own_batch_statistics():
     sizes = []
     common.encode_in_groups(lambda group: (sizes.append(len(group)) or group,), x, 4)
     assert sizes == [4, 3, 3]
+
+
+def test_pieces_work_alone(monkeypatch):
+    """The source of MoCo's mechanics by itself passes the same oracles."""
+    for names in (
+        ("Queue",),
+        ("momentum_update",),
+        ("encode_in_groups",),
+        ("world_size", "all_gather", "shuffle", "unshuffle"),
+    ):
+        for name, alone in zip(names, lifted("common.py", *names), strict=True):
+            monkeypatch.setattr(common, name, alone)
+    test_queue_holds_the_newest_keys_in_ring_order(5, [4, 4, 4, 4])
+    test_momentum_update_is_the_formula_and_leaves_buffers()
+    test_groups_have_their_own_batch_statistics()
+    x, permutation = torch.arange(6.0), torch.tensor([3, 1, 5, 0, 2, 4])
+    assert torch.equal(common.shuffle(x, permutation), permutation.float())
+    assert torch.equal(common.unshuffle(common.shuffle(x, permutation), permutation), x)
 
 
 def test_cosine_lr():

@@ -96,6 +96,10 @@ def test_finished_run_says_so(finished, capsys):
     before = (folder / "checkpoint.pth").stat().st_mtime_ns
     train(*TINY, "--output-dir", folder)
     assert "finished" in capsys.readouterr().out
+    elsewhere = folder.parent / "elsewhere"  # a finished run's checkpoint gives a new folder all its files
+    train(*TINY, "--output-dir", elsewhere, "--resume", folder / "checkpoint.pth")
+    assert {"checkpoint.pth", "resnet18.pth", "matches_end.png"} <= set(os.listdir(elsewhere))
+    assert_same(checkpoint(elsewhere)["model"], checkpoint(folder)["model"])
     assert (folder / "checkpoint.pth").stat().st_mtime_ns == before
 
 
@@ -146,7 +150,8 @@ def test_killed_at_random_instants(finished, tmp_path):
 
 
 def test_sigterm_saves_and_exits_0(tmp_path):
-    flags = [*TINY, "--output-dir", str(tmp_path), "--epochs", "100", "--print-freq", "1"]
+    """Sent to the whole process group, as launchers and terminals do: loader workers must not die of it first."""
+    flags = [*TINY, "--workers", "1", "--output-dir", str(tmp_path), "--epochs", "100", "--print-freq", "1"]
     code, text = signal_after("setsim.py", *flags, line=4, number=signal.SIGTERM)
     assert code == 0 and "saved at step" in text
     step = int(re.search(r"saved at step (\d+)", text)[1])
@@ -155,7 +160,7 @@ def test_sigterm_saves_and_exits_0(tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_under_torchrun(tmp_path):
-    flags = [*TINY, "--output-dir", str(tmp_path), "--epochs", "200", "--print-freq", "1"]
+    flags = [*TINY, "--workers", "1", "--output-dir", str(tmp_path), "--epochs", "200", "--print-freq", "1"]
     _, text = signal_after("setsim.py", *flags, line=4, number=signal.SIGTERM, processes=2)
     step = int(re.search(r"saved at step (\d+)", text)[1])
     assert checkpoint(tmp_path)["step"] == step
@@ -163,9 +168,9 @@ def test_sigterm_under_torchrun(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_worker(tmp_path):
-    """--max-restarts: a worker that dies comes back from the last checkpoint, and the run ends with the same weights."""
-    flags = [*TINY, "--save-every", "1", "--output-dir"]
-    run("setsim.py", *flags, tmp_path / "whole", processes=2)
+    """--max-restarts: all go on from the last checkpoint and end with the same weights, with three processes as well."""
+    flags = [*TINY, "--batch-size", "9", "--epochs", "3", "--save-every", "1", "--output-dir"]
+    run("setsim.py", *flags, tmp_path / "whole", processes=3)
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(  # kills rank 1 once, when five steps are saved
@@ -179,7 +184,7 @@ def test_torchrun_restarts_a_killed_worker(tmp_path):
         "if os.environ.get('RANK') == '1' and not os.path.exists(mark):\n"
         "    threading.Thread(target=watch, daemon=True).start()\n"
     )
-    restarting = command("setsim.py", *flags, tmp_path / "broken", processes=2)
+    restarting = command("setsim.py", *flags, tmp_path / "broken", processes=3)
     restarting.insert(restarting.index("--standalone"), "--max-restarts=2")
     env = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(restarting, env=env, capture_output=True, text=True, timeout=300)
@@ -265,6 +270,54 @@ def test_batch_that_processes_cannot_share(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "start_processes", lambda: common.World(0, 2, 0, torch.device("cpu")))
     message = in_process(*TINY, "--batch-size", "9", "--output-dir", tmp_path)
     assert message == "--batch-size 9 is not divisible by 2 processes"
+
+
+def test_batches_that_batch_norm_cannot_do(tmp_path):
+    flags = [*TINY, "--output-dir", tmp_path]
+    assert "leave one alone" in in_process(*flags, "--batch-size", "3", "--group-size", "2")
+
+
+def test_settings_reach_views_and_optimiser(tmp_path, monkeypatch):
+    """The preset's order of the flip; weight decay on everything (B3); SimSiam's predictors keep their lr (B6)."""
+    views, optimisers = [], []
+    two_views, sgd = setsim.TwoViews, torch.optim.SGD
+    monkeypatch.setattr(setsim, "TwoViews", lambda *a: views.append(a[2]) or two_views(*a))
+
+    def record(groups, *args, **kwargs):
+        optimisers.append(sgd(groups, *args, **kwargs))
+        return optimisers[-1]
+
+    monkeypatch.setattr(torch.optim, "SGD", record)
+    flags = (
+        "--data scenes:16 --arch resnet18 --size 64 --batch-size 8 --workers 0 --epochs 2 --lr 0.32 --weight-decay 0.01"
+    )
+    for name, extra in {
+        "paper": "--framework simsiam --dim 16",
+        "official": "--preset official --queue-size 8",
+    }.items():
+        train(*flags.split(), *extra.split(), "--momentum", "0.5", "--output-dir", tmp_path / name)
+    assert views == [False, True]
+    simsiam, moco = optimisers
+    assert [group["lr"] for group in simsiam.param_groups] == pytest.approx([0.005, 0.01])  # second of two epochs
+    assert [group["lr"] for group in moco.param_groups] == pytest.approx([0.005])
+    predictors = sum(p.numel() for p in simsiam.param_groups[1]["params"])
+    assert predictors == 2 * (16 * 4 + 2 * 4 + 4 * 16 + 16)  # image and cells: 16-4-16 with a norm between
+    for optimiser, network in ((simsiam, "paper"), (moco, "official")):
+        state = checkpoint(tmp_path / network)["model"]
+        learnt = sum(
+            t.numel() for n, t in state.items() if n.startswith("query") and "running" not in n and "tracked" not in n
+        )
+        assert sum(p.numel() for group in optimiser.param_groups for p in group["params"]) == learnt
+        assert all((group["weight_decay"], group["momentum"]) == (0.01, 0.5) for group in optimiser.param_groups)
+
+
+def test_other_ranks_take_part_and_write_nothing(tmp_path, monkeypatch):
+    """Synchronised batch norm waits for all processes, so the probe has to be run by all; files are the first one's."""
+    probed, original = [], setsim.probe
+    monkeypatch.setattr(setsim, "probe", lambda *a: probed.append(a[-1]) or original(*a))
+    monkeypatch.setattr(common, "start_processes", lambda: common.World(1, 1, 0, torch.device("cpu")))
+    train(*TINY, "--steps", "1", "--output-dir", tmp_path)
+    assert probed == ["start", "end"] and os.listdir(tmp_path) == []
 
 
 def test_full_disk_keeps_the_last_checkpoint(tmp_path):
