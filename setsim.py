@@ -214,6 +214,14 @@ class TwoViews(torch.utils.data.Dataset):
 # ======================================================================================================================
 
 
+class Encoded(NamedTuple):
+    """What an Encoder makes of a view, unnormalised."""
+
+    z: torch.Tensor  # (B, C, H, W)
+    image: torch.Tensor  # (B, D)
+    dense: torch.Tensor | None = None  # (B, D, H, W); None for the baseline
+
+
 class Encoder(nn.Module):
     """Backbone with MoCo-v2's global projector and DenseCL's dense one. PAPER: Eq. 2 and section 3.2."""
 
@@ -234,11 +242,18 @@ class Encoder(nn.Module):
         return z, image, self.dense_head(z)  # (B, D, H, W)
 
     def forward(self, *views):
-        """Each view (B, 3, size, size) uint8 -> a tuple z (B, C, H, W), image (B, D), dense (B, D, H, W); unnormalised.
+        """Each view (B, 3, size, size) uint8 -> Encoded. Batch statistics are per group of images of one view."""
+        return [Encoded(*common.encode_in_groups(self.encode, view, self.group_size)) for view in views]
 
-        Batch statistics are per group of consecutive images of one view.
-        """
-        return [common.encode_in_groups(self.encode, view, self.group_size) for view in views]
+
+class Predicted(NamedTuple):
+    """What a SimSiamEncoder makes of a view, unnormalised."""
+
+    z: torch.Tensor  # (B, C, H, W)
+    projection: torch.Tensor  # (B, D)
+    prediction: torch.Tensor  # (B, D)
+    dense_projection: torch.Tensor | None = None  # (B, D, H, W); None for the baseline
+    dense_prediction: torch.Tensor | None = None  # (B, D, H, W)
 
 
 class SimSiamEncoder(nn.Module):
@@ -257,16 +272,16 @@ class SimSiamEncoder(nn.Module):
             self.dense_projector, self.dense_predictor = simsiam_heads(C, dim, conv1x1, nn.BatchNorm2d)
 
     def forward(self, *views):
-        """Each view (B, 3, size, size) uint8 -> z, projection, prediction, and the latter two per cell, unnormalised."""
-        return [self.encode(view) for view in views]
+        """Each view (B, 3, size, size) uint8 -> Predicted."""
+        return [Predicted(*self.encode(view)) for view in views]
 
     def encode(self, images):
         z = self.trunk(common.normalise(images))[-1]  # (B, C, H, W)
         projection = self.projector(z.mean((2, 3)))  # (B, D)
         if not self.dense:
             return z, projection, self.predictor(projection)
-        cells = self.dense_projector(z)  # (B, D, H, W)
-        return z, projection, self.predictor(projection), cells, self.dense_predictor(cells)
+        dense = self.dense_projector(z)  # (B, D, H, W)
+        return z, projection, self.predictor(projection), dense, self.dense_predictor(dense)
 
 
 def conv1x1(inputs, outputs, bias=True):
@@ -596,16 +611,16 @@ class SetSimMoCo(nn.Module):
         """The key network on shuffled images, and its outputs back in order."""
         with self.autocast():
             outputs = self.key(*(common.shuffle(view, permutation) for view in views))
-        return [tuple(common.unshuffle(x, permutation) for x in output) for output in outputs]
+        return [Encoded(*(common.unshuffle(x, permutation) for x in output if x is not None)) for output in outputs]
 
     def direction(self, query, key, window_q, window_k, rng):
         """Both losses of one direction, view q -> view k, against the queues as they are."""
-        q, k = F.normalize(query[1].float(), dim=1), F.normalize(key[1].float(), dim=1)  # (B, D)
+        q, k = F.normalize(query.image.float(), dim=1), F.normalize(key.image.float(), dim=1)  # (B, D)
         image_loss = image_contrastive_loss(q, k, self.image_queue.vectors, self.temperature)  # PAPER: Eq. 1
         if not self.query.dense:
             return image_loss, {"loss_image": image_loss.detach(), "std_image": q.detach().std(0, correction=0).mean()}
-        p_q, p_k = (F.normalize(cells(x[2].float()), dim=2) for x in (query, key))  # (B, S, D)
-        found = self.matcher(query[0].detach(), key[0], window_q, window_k, rng)
+        p_q, p_k = (F.normalize(cells(x.dense.float()), dim=2) for x in (query, key))  # (B, S, D)
+        found = self.matcher(query.z.detach(), key.z, window_q, window_k, rng)
         set_loss = set_contrastive_loss(p_q, p_k, found.positives, self.set_queue.vectors, self.temperature)
         loss = (1 - self.loss_weight) * image_loss + self.loss_weight * set_loss  # PAPER: Eq. 9
         values = {"loss_image": image_loss.detach(), "loss_set": set_loss.detach()}
@@ -613,13 +628,11 @@ class SetSimMoCo(nn.Module):
 
     def enqueue(self, keys):
         """Image keys, and dense keys averaged over their cells before they are normalised (OFFICIAL: S11)."""
-        image = [
-            common.all_gather(F.normalize(key[1].float(), dim=1)) for key in keys
-        ]  # (B of all processes, D) a view
-        self.image_queue.enqueue(torch.cat(image))
+        image = [F.normalize(key.image.float(), dim=1) for key in keys]  # (B, D) for each view
+        self.image_queue.enqueue(torch.cat([common.all_gather(x) for x in image]))
         if self.query.dense:
-            pooled = [common.all_gather(F.normalize(key[2].float().mean((2, 3)), dim=1)) for key in keys]
-            self.set_queue.enqueue(torch.cat(pooled))
+            pooled = [F.normalize(key.dense.float().mean((2, 3)), dim=1) for key in keys]  # (B, D) for each view
+            self.set_queue.enqueue(torch.cat([common.all_gather(x) for x in pooled]))
 
     def forward(self, network, view_q, view_k, window_q, window_k, step, rank=0):
         """One iteration.
@@ -656,7 +669,7 @@ class SetSimMoCo(nn.Module):
     def features(self, view_q, view_k):
         """(z_q, z_k) as the matcher sees them, with the batch statistics of these images."""
         with self.autocast():
-            return self.query(view_q)[0][0].float(), self.key(view_k)[0][0].float()
+            return self.query(view_q)[0].z.float(), self.key(view_k)[0].z.float()
 
 
 class SetSimSimSiam(nn.Module):
@@ -669,15 +682,16 @@ class SetSimSimSiam(nn.Module):
 
     def direction(self, one, other, window_one, window_other, rng):
         """Both losses of one direction: predictions of one view, projections of the other."""
-        image_loss = image_cosine_loss(one[2].float(), other[1].float())
-        image = F.normalize(other[1].detach().float(), dim=1)
+        image_loss = image_cosine_loss(one.prediction.float(), other.projection.float())
+        image = F.normalize(other.projection.detach().float(), dim=1)
         if not self.query.dense:
             return image_loss, {"loss_image": image_loss.detach(), "std_image": image.std(0, correction=0).mean()}
-        found = self.matcher(one[0].detach(), other[0].detach(), window_one, window_other, rng)
-        set_loss = set_cosine_loss(cells(one[4].float()), cells(other[3].float()), found.positives)
+        found = self.matcher(one.z.detach(), other.z.detach(), window_one, window_other, rng)
+        dense = other.dense_projection.detach().float()  # (B, D, H, W)
+        set_loss = set_cosine_loss(cells(one.dense_prediction.float()), cells(dense), found.positives)
         loss = (1 - self.loss_weight) * image_loss + self.loss_weight * set_loss  # PAPER: Eq. 9
-        dense = F.normalize(cells(other[3].detach().float()), dim=2)
-        return loss, {"loss_image": image_loss.detach(), "loss_set": set_loss.detach()} | health(found, image, dense)
+        values = {"loss_image": image_loss.detach(), "loss_set": set_loss.detach()}
+        return loss, values | health(found, image, F.normalize(cells(dense), dim=2))
 
     def forward(self, network, view_q, view_k, window_q, window_k, step, rank=0):
         """One iteration; arguments and results as SetSimMoCo.forward."""
@@ -693,7 +707,7 @@ class SetSimSimSiam(nn.Module):
     def features(self, view_q, view_k):
         """(z_q, z_k) as the matcher sees them, with the batch statistics of these images."""
         with self.autocast():
-            return tuple(output[0].float() for output in self.query(view_q, view_k))
+            return tuple(output.z.float() for output in self.query(view_q, view_k))
 
 
 def build(args, world, init=None):
