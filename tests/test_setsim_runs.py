@@ -84,11 +84,11 @@ def test_outputs(finished):
 def test_queue_shrinks_to_the_data(tmp_path, capsys):
     flags = "--data scenes:32 --arch resnet18 --size 64 --batch-size 8 --group-size 4 --workers 0 --steps 0".split()
     train(*flags, "--output-dir", tmp_path / "a")
-    assert "queue: 24 instead of 65536" in capsys.readouterr().out
+    assert "queue: 24 keys instead of 65536" in capsys.readouterr().out
     train(*flags, "--queue-size", "100", "--output-dir", tmp_path / "b")
-    assert "warning: --queue-size 100 holds old keys of the same images" in capsys.readouterr().out
+    assert "warning: --queue-size 100 can hold several keys of one image" in capsys.readouterr().out
     train(*flags, "--group-size", "8", "--output-dir", tmp_path / "c")
-    assert "is one group: shuffling batch norm does nothing" in capsys.readouterr().out
+    assert "warning: one group of images" in capsys.readouterr().out
 
 
 def test_finished_run_says_so(finished, capsys):
