@@ -131,7 +131,11 @@ def start_processes():
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        # Restarted workers find the same store: without a name of their own they would read the dead ones' addresses.
+        store, rank, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return World(rank, size, local_rank, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
 
 
@@ -188,14 +192,13 @@ def agree(*flags):
 def wrap_distributed(network, world):
     """DistributedDataParallel where there are several processes, the network itself otherwise.
 
-    On CPUs, looking for unused parameters (there are none) has a side effect that is wanted: DDP leaves its buckets
-    as they are after the first step, so a resumed run adds up in the same order, bit for bit.
+    On CPUs, looking for unused parameters (there are none, and DDP warns of it once) has a side effect that is wanted:
+    DDP leaves its buckets as they are after the first step, so a resumed run adds up in the same order, bit for bit.
     """
     if world.size == 1:
         return network
     if world.device.type == "cuda":
         return nn.parallel.DistributedDataParallel(network, [world.local_rank])
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     return nn.parallel.DistributedDataParallel(network, find_unused_parameters=True)
 
 

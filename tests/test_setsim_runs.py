@@ -331,9 +331,9 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path):
         message = in_process(*flags)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "no space left to write" in message and "checkpoint.pth" in message
+    assert "no space left to write" in message and "resnet18.pth" in message
     assert_same(checkpoint(tmp_path), before)
-    assert not (tmp_path / "checkpoint.pth.tmp").exists()
+    assert not list(tmp_path.glob("*.tmp"))
     train(*flags, "--steps", "4")
 
 
@@ -381,7 +381,7 @@ def test_init_starts_both_encoders(finished, tmp_path, capsys):
     folder, _ = finished
     flags = [*TINY, "--output-dir", tmp_path, "--init", folder / "resnet18.pth"]
     args = setsim.get_args([str(flag) for flag in flags])
-    method = setsim.build(args, common.World(0, 1, 0, torch.device("cpu")))
+    method = setsim.build(args, common.World(0, 1, 0, torch.device("cpu")), args.init)
     for name, tensor in torch.load(folder / "resnet18.pth").items():
         for network in (method.query, method.key):
             assert torch.equal(network.trunk.state_dict()[name], tensor)
