@@ -232,7 +232,8 @@ class StopSignal:
 def detach_worker(_):
     """worker_init_fn of a loader: a process group of its own, so that a SIGTERM or Ctrl-C meant for the training does
     not kill its workers before the step is finished and saved."""
-    os.setpgrp()
+    if os.name == "posix":
+        os.setpgrp()
 
 
 def usable_cores():
@@ -365,7 +366,7 @@ class ImageFolder:
 
     def probe(self, index):
         """Image `index` of those that pictures and the closing measurement are made with."""
-        return self[index * len(self) // 256 % len(self)][0]
+        return self[key_seed("probe", index) % len(self)][0]
 
     def fingerprint(self):
         """A name for this list of files, whatever folder it lies in: a resumed run must see the same one."""
@@ -672,9 +673,10 @@ def save_atomically(value, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        if os.name == "posix":  # the renaming itself is on disk only when the folder is
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
