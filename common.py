@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the method scripts share, and nothing that is a paper's own mathematics.
 
-    processes      World, start_processes, all_gather, shuffle, unshuffle, agree, StopSignal
+    processes      World, start_processes, all_gather, shuffle, unshuffle, agree, wrap_distributed, StopSignal
     randomness     key_seed, generator, drawing: every draw is a function of a key, no state is kept
     images         read_image, ImageFolder, Scenes, Batches: from a folder to (epoch, index) pairs
     networks       ResNetTrunk, Queue, momentum_update, load_backbone

@@ -77,7 +77,7 @@ def get_args(argv=None):
     flag("--symmetric", default=False, action=switch, help="Table 4's Sym: mean of both directions; twice the encoding (SimSiam always is)")
     # the losses
     flag("--loss-weight", default=0.5, type=float, help="lambda of Eq. 9: share of the set loss; 0 to 1")
-    flag("--temperature", default=0.2, type=float, help="tau of Eqs. 1 and 8; below 0.05 training tends to diverge")
+    flag("--temperature", default=0.2, type=float, help="tau of Eqs. 1 and 8: the smaller, the more the hardest negatives count")
     flag("--dim", default=128, type=int, help="D, size of embeddings; default 2048 on SimSiam")
     flag("--queue-size", default=65536, type=int, help="K, of each queue; more than the data has images holds several old keys of one image as negatives")
     flag("--ema", default=0.999, type=float, help="m: key encoder <- m key + (1 - m) query; short runs need a smaller one")
