@@ -686,7 +686,7 @@ def save_atomically(value, path):
 
 
 class Checkpoints:
-    """`checkpoint.pth` and the backbone's `<arch>.pth` of one run.
+    """`checkpoint.pth` of one run, and beside it the weights for others to take (`<arch>.pth`, ...).
 
     Args:
         folder: the run's output folder, made if need be.
@@ -735,21 +735,24 @@ class Checkpoints:
             )
         return found
 
-    def save(self, backbone, arch, **state):
-        """Write the backbone alone, then the checkpoint (`state` besides script and settings), which is what counts.
+    def save(self, exports, **state):
+        """Write the weights for others, then the checkpoint (`state` besides script and settings), which is what counts.
 
         DEVIATION: S23. Released SetSim leaves the queues out of its checkpoints and cannot resume.
 
+        Args:
+            exports: {file name: state dict}, the backbone among them.
         Errors:
             UserError: no space, or weights that are not finite: they are not saved, the last good checkpoint stays.
         """
-        if not all(tensor.isfinite().all() for tensor in backbone.state_dict().values()):
+        if not all(tensor.isfinite().all() for weights in exports.values() for tensor in weights.values()):
             raise UserError(
                 f"the weights are no longer finite at step {state['step']}; the checkpoint saved before is kept. "
                 "Start anew in another --output-dir with a lower --lr"
             )
-        weights = {name: tensor.contiguous().cpu() for name, tensor in backbone.state_dict().items()}
-        save_atomically(weights, os.path.join(os.path.dirname(self.path), f"{arch}.pth"))
+        for name, weights in exports.items():
+            weights = {key: tensor.contiguous().cpu() for key, tensor in weights.items()}
+            save_atomically(weights, os.path.join(os.path.dirname(self.path), name))
         save_atomically({"script": self.script, "settings": self.settings, **state}, self.path)
 
 

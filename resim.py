@@ -54,6 +54,9 @@ DEMO = dict(
 )
 
 
+PYRAMID = 256  # channels of P3..P5, as in Lin et al. and in every detector that takes them over
+
+
 class Level(NamedTuple):
     """A feature map on which regions are compared."""
 
@@ -67,6 +70,10 @@ class Level(NamedTuple):
     def stage(self):
         """Which of the trunk's stages C2..C5 it belongs to, counted from C2."""
         return int(self.name[1]) - 2
+
+    def channels(self, widths):
+        """Channels of its map, of a trunk with stages as wide as `widths`."""
+        return PYRAMID if self.name[0] == "p" else widths[self.stage]
 
     @property
     def kernel(self):
@@ -417,8 +424,6 @@ def neighbourhoods(feature_map, kernel):
 # Encoders: backbone f, top-down path, and the heads g of images and regions (sections 3.3, 3.4)
 # ======================================================================================================================
 
-PYRAMID = 256  # channels of P3..P5, as in Lin et al. and in every detector that takes them over
-
 
 class Pyramid(nn.Module):
     """The lateral convolutions and the top-down path of a feature pyramid. OFFICIAL: R16. Biases, no norms.
@@ -466,11 +471,10 @@ class Encoder(nn.Module):
         self.trunk = common.ResNetTrunk(arch)
         C = self.trunk.widths[-1]
         self.image_head = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, dim))
-        if "p4" in self.names:
-            self.pyramid = Pyramid(self.trunk.widths)
+        self.pyramid = Pyramid(self.trunk.widths) if "p4" in self.names else None
         self.region_heads = nn.ModuleDict()
         for level in levels:
-            C = PYRAMID if level.name[0] == "p" else self.trunk.widths[level.stage]
+            C = level.channels(self.trunk.widths)
             if official:
                 self.region_heads[level.name] = nn.Conv2d(C, PYRAMID, 3, padding=1)
                 init_as_pyramid([self.region_heads[level.name]])
@@ -482,7 +486,7 @@ class Encoder(nn.Module):
     def encode(self, images):
         _, c3, c4, c5 = self.trunk(common.normalise(images))
         image = self.image_head(c5.mean((2, 3)))  # (B, D)
-        maps = self.pyramid(c3, c4, c5) if "p4" in self.names else {"c4": c4}
+        maps = self.pyramid(c3, c4, c5) if self.pyramid else {"c4": c4}
         return image, *(self.region_heads[name](maps[name]) for name in self.names)  # (B, D), (B, D, H, W), ...
 
     def forward(self, view):
@@ -513,18 +517,17 @@ class SimSiamEncoder(nn.Module):
         self.trunk = common.ResNetTrunk(arch, zero_init_residual=True)  # OFFICIAL: B16, R27. SimSiam's
         C = self.trunk.widths[-1]
         self.projector, self.predictor = simsiam_heads(C, C)
-        if levels[0].name == "p4":
-            self.pyramid = Pyramid(self.trunk.widths)
+        self.pyramid = Pyramid(self.trunk.widths) if levels[0].name == "p4" else None
         self.region_projectors, self.region_predictors = nn.ModuleDict(), nn.ModuleDict()
         for level in levels:
             E = self.trunk.widths[level.stage]
-            heads = simsiam_heads(PYRAMID if level.name[0] == "p" else E, E)
+            heads = simsiam_heads(level.channels(self.trunk.widths), E)
             self.region_projectors[level.name], self.region_predictors[level.name] = heads
 
     def maps(self, images):
         """(B, 3, size, size) uint8 -> C5 (B, C, H, W), {name of a level: (B, C, H, W)}"""
         _, c3, c4, c5 = self.trunk(common.normalise(images))
-        return c5, self.pyramid(c3, c4, c5) if self.levels[0].name == "p4" else {"c4": c4}
+        return c5, self.pyramid(c3, c4, c5) if self.pyramid else {"c4": c4}
 
     def encode(self, images, boxes, valid):
         c5, maps = self.maps(images)
@@ -608,18 +611,20 @@ def image_contrastive_loss(q, k, queue, temperature):
     return (torch.logaddexp(positive, negative_logsumexp(q, queue, temperature)) - positive).mean()
 
 
-def region_weights(valid, per_image):
-    """What each valid region counts in the loss; they sum to 1, if there are any.
+def mean_over_regions(values, valid, per_image):
+    """The average of Eq. 2 over all images and their valid regions.
 
     Args:
-        valid: (B, A) bool. per_image: True, PAPER: Eq. 2's 1/n: an image's valid regions share alike, then the images
-            that have any. False, OFFICIAL: R4: all valid regions alike, whosever they are.
+        values: (R,), of the valid regions in the order of valid.nonzero(). valid: (B, A) bool.
+        per_image: True, PAPER: Eq. 2's 1/n: an image's valid regions first, then the images that have any. False,
+            OFFICIAL: R4: all valid regions alike, whosever they are.
     Returns:
-        (R,), in the order of valid.nonzero()
+        scalar; exactly 0, with zero gradients, if no region is valid (OFFICIAL: R3).
     """
     if not per_image:
-        return valid[valid] / valid.sum()
-    return (1 / valid.sum(1, keepdim=True) / valid.any(1).sum()).expand_as(valid)[valid]
+        return values.sum() / valid.sum().clamp(min=1)
+    image = valid.nonzero()[:, 0]  # (R,)
+    return (values / valid.sum(1)[image]).sum() / valid.any(1).sum().clamp(min=1)
 
 
 def region_contrastive_loss(q, k, valid, negatives, temperature, per_image=True):
@@ -630,14 +635,14 @@ def region_contrastive_loss(q, k, valid, negatives, temperature, per_image=True)
 
     Args:
         q, k: (B, A, D), regions and their counterparts. valid: (B, A) bool. negatives: (M, D), without gradient.
-        temperature: tau. per_image: see region_weights.
+        temperature: tau. per_image: see mean_over_regions.
     Returns:
-        scalar; exactly 0, with zero gradients, if no region is valid (OFFICIAL: R3).
+        scalar; exactly 0 if no region is valid.
     """
     q, k = q[valid], k[valid]  # (R, D)
     positive = (q * k).sum(1) / temperature  # (R,)
     row_loss = torch.logaddexp(positive, negative_logsumexp(q, negatives, temperature)) - positive  # (R,)
-    return (row_loss * region_weights(valid, per_image)).sum()
+    return mean_over_regions(row_loss, valid, per_image)
 
 
 def image_cosine_loss(prediction, projection):
@@ -651,7 +656,7 @@ def region_cosine_loss(prediction, projection, valid, per_image=True):
     valid: (B, A) bool -> scalar; exactly 0 if no region is valid.
     """
     cosine = F.cosine_similarity(prediction, projection.detach(), dim=1)  # (R,)
-    return -(cosine * region_weights(valid, per_image)).sum()
+    return mean_over_regions(-cosine, valid, per_image)
 
 
 # ======================================================================================================================
@@ -683,7 +688,7 @@ class ReSimMoCo(nn.Module):
 
     Args:
         encoder: an Encoder. levels: its Levels. size: side of a view. operator: see pool_regions.
-        per_image: see region_weights. queue_size, dim, ema, temperature, loss_weight, seed: see get_args.
+        per_image: see mean_over_regions. queue_size, dim, ema, temperature, loss_weight, seed: see get_args.
         autocast: context manager factory for the encoders.
     """
 
@@ -869,8 +874,12 @@ def load_init(encoder, source, arch):
         try:
             weights = from_released(state, names)
             encoder.load_state_dict({name.removeprefix("query."): tensor for name, tensor in weights.items()})
-        except (KeyError, RuntimeError) as error:
-            raise UserError(f"{source}: not the released layout ({' '.join(str(error).split())[:200]})") from None
+        except KeyError as error:
+            raise UserError(
+                f"{source}: {error.args[0]} is missing, so this is not a whole released checkpoint"
+            ) from None
+        except RuntimeError as error:
+            raise UserError(f"{source}: not of this --dim ({' '.join(str(error).split())[:200]})") from None
         print0("its projector and its FPN convolutions as well")
 
 
@@ -885,7 +894,7 @@ def fpn_weights(network):
         if isinstance(head, nn.Conv2d):
             convolutions[f"layer_blocks.{int(name[1]) - 2}"] = head
     return {
-        f"{block}.0.{name}": tensor.contiguous().cpu()
+        f"{block}.0.{name}": tensor
         for block, convolution in convolutions.items()
         for name, tensor in convolution.state_dict().items()
     }
@@ -1070,13 +1079,14 @@ def draw_regions(path, view_q, view_k, crop_q, crop_k, seen, levels):
 # Training
 # ======================================================================================================================
 
-NAMES = ("c4", "p4", "p3")
+NAME = "resim"
+EVERY_LEVEL = ("c4", "p4", "p3")
 CURVES = {
     "losses": ["loss", "loss_image", "=loss_chance"],
-    "losses of regions": [*(f"loss_{name}" for name in NAMES), *(f"=chance_{name}" for name in NAMES)],
-    "std of unit embeddings (collapse: 0)": ["std_image", *(f"std_{name}" for name in NAMES), "=std_spread"],
-    "share of windows that are valid": [f"valid_{name}" for name in NAMES],
-    "share of images without a valid window": [f"empty_{name}" for name in NAMES],
+    "losses of regions": [*(f"loss_{name}" for name in EVERY_LEVEL), *(f"=chance_{name}" for name in EVERY_LEVEL)],
+    "std of unit embeddings (collapse: 0)": ["std_image", *(f"std_{name}" for name in EVERY_LEVEL), "=std_spread"],
+    "share of windows that are valid": [f"valid_{name}" for name in EVERY_LEVEL],
+    "share of images without a valid window": [f"empty_{name}" for name in EVERY_LEVEL],
     "learning rate": ["lr"],
 }
 FREE = ("data", "output_dir", "demo", "steps", "workers", "print_freq", "save_every", "resume", "given")
@@ -1128,6 +1138,12 @@ def yardsticks(args, method, world):
     return found
 
 
+def exports(args, method):
+    """{file name: weights} for others to take: the query backbone, and its pyramid if it has one."""
+    weights = {f"{args.arch}.pth": method.query.trunk.state_dict()}
+    return weights | ({"fpn.pth": fpn_weights(method.query)} if args.levels == "fpn" else {})
+
+
 def main(argv=None):
     args = get_args(argv)
     world = common.start_processes()
@@ -1145,7 +1161,7 @@ def main(argv=None):
     # method, optimiser, resume ----------------------------------------------------------------------------------------
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     settings |= {"files": images.fingerprint(), "processes": world.size}
-    checkpoints = common.Checkpoints(args.output_dir, "resim", settings)
+    checkpoints = common.Checkpoints(args.output_dir, NAME, settings)
     state = checkpoints.load(args.resume)
     common.require_agreement(
         (settings["files"], state and state["step"]),
@@ -1177,9 +1193,9 @@ def main(argv=None):
     network = common.wrap_distributed(network, world)
 
     # start ------------------------------------------------------------------------------------------------------------
-    chance = yardsticks(args, method, world)
+    yardstick = yardsticks(args, method, world)
     print0(
-        f"resim: {images.fingerprint()}; {epoch_steps} steps an epoch, {last} in all; "
+        f"{NAME}: {images.fingerprint()}; {epoch_steps} steps an epoch, {last} in all; "
         f"batch {args.batch_size} = {world.size} x {args.batch_size // world.size} on {world.device.type}; "
         f"lr {lr:g} = {args.lr:g} x {args.batch_size}/256; amp {args.amp}"
     )
@@ -1201,11 +1217,9 @@ def main(argv=None):
     def save():
         if world.rank == 0:
             checkpoints.save(
-                method.query.trunk, args.arch, step=step, model=method.state_dict(), optimizer=optimizer.state_dict(),
+                exports(args, method), step=step, model=method.state_dict(), optimizer=optimizer.state_dict(),
                 scaler=scaler.state_dict(), bad_images=sorted(bad.found),
             )  # fmt: skip
-            if args.levels == "fpn":
-                common.save_atomically(fpn_weights(method.query), os.path.join(args.output_dir, "fpn.pth"))
 
     meter = common.Meter(args.batch_size)
     for *batch, index, passed in meter.timed(loader):
@@ -1230,7 +1244,7 @@ def main(argv=None):
         if saving or logging:
             means = meter.means(step)
         if logging:
-            line = {"epoch": step / epoch_steps, "lr": optimizer.param_groups[0]["lr"], **means, **chance}
+            line = {"epoch": step / epoch_steps, "lr": optimizer.param_groups[0]["lr"], **means, **yardstick}
             log.step(step, line | {"bad_images": len(bad.found)}, shown(line))
             meter.reset()
         if saving:
@@ -1247,11 +1261,7 @@ def main(argv=None):
         log.write({"step": step, "probe": probe(method, images, args, world, "end")})
     if world.rank == 0:
         common.draw_curves(args.output_dir, CURVES)
-        fpn = "fpn.pth (laterals of C3-C5" + (", outputs P3, P4), " if args.preset == "official" else "), ")
-        print0(
-            f"{args.output_dir}: {args.arch}.pth (the backbone), {fpn if args.levels == 'fpn' else ''}"
-            "checkpoint.pth, log.jsonl, curves.png, regions_*.png"
-        )
+        print0(f"{args.output_dir}: {', '.join(sorted(os.listdir(args.output_dir)))}")
 
 
 def shown(line):

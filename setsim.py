@@ -859,6 +859,7 @@ def draw_matches(path, view_q, view_k, found, H, W):
 # Training
 # ======================================================================================================================
 
+NAME = "setsim"
 CURVES = {
     "losses": ["loss", "loss_image", "loss_set", "=loss_chance"],
     "std of unit embeddings (collapse: 0)": ["std_image", "std_dense", "=std_spread"],
@@ -899,6 +900,17 @@ def fit_batch_and_queue(args, images, world):
         args.queue_size = fitting
 
 
+def yardsticks(args, method, world):
+    """What stands beside the values of every log line: loss of a random guess, spread of evenly drawn directions."""
+    chance = float(np.log(args.queue_size + 1)) if args.framework == "moco" else None
+    return {"loss_chance": chance, "std_spread": args.dim**-0.5}
+
+
+def exports(args, method):
+    """{file name: weights} for others to take: the query backbone."""
+    return {f"{args.arch}.pth": method.query.trunk.state_dict()}
+
+
 def main(argv=None):
     args = get_args(argv)
     world = common.start_processes()
@@ -916,7 +928,7 @@ def main(argv=None):
     # method, optimiser, resume ----------------------------------------------------------------------------------------
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     settings |= {"files": images.fingerprint(), "processes": world.size}
-    checkpoints = common.Checkpoints(args.output_dir, "setsim", settings)
+    checkpoints = common.Checkpoints(args.output_dir, NAME, settings)
     state = checkpoints.load(args.resume)
     common.require_agreement(
         (settings["files"], state and state["step"]),
@@ -948,10 +960,9 @@ def main(argv=None):
     network = common.wrap_distributed(network, world)
 
     # start ------------------------------------------------------------------------------------------------------------
-    chance = {"loss_chance": float(np.log(args.queue_size + 1)) if args.framework == "moco" else None}
-    chance |= {"std_spread": args.dim**-0.5}
+    yardstick = yardsticks(args, method, world)
     print0(
-        f"setsim: {images.fingerprint()}; {epoch_steps} steps an epoch, {last} in all; "
+        f"{NAME}: {images.fingerprint()}; {epoch_steps} steps an epoch, {last} in all; "
         f"batch {args.batch_size} = {world.size} x {args.batch_size // world.size} on {world.device.type}; "
         f"lr {lr:g} = {args.lr:g} x {args.batch_size}/256; amp {args.amp}"
     )
@@ -973,7 +984,7 @@ def main(argv=None):
     def save():
         if world.rank == 0:
             checkpoints.save(
-                method.query.trunk, args.arch, step=step, model=method.state_dict(), optimizer=optimizer.state_dict(),
+                exports(args, method), step=step, model=method.state_dict(), optimizer=optimizer.state_dict(),
                 scaler=scaler.state_dict(), bad_images=sorted(bad.found),
             )  # fmt: skip
 
@@ -1000,7 +1011,7 @@ def main(argv=None):
         if saving or logging:
             means = meter.means(step)
         if logging:
-            line = {"epoch": step / epoch_steps, "lr": optimizer.param_groups[0]["lr"], **means, **chance}
+            line = {"epoch": step / epoch_steps, "lr": optimizer.param_groups[0]["lr"], **means, **yardstick}
             log.step(step, line | {"bad_images": len(bad.found)}, shown(line))
             meter.reset()
         if saving:
@@ -1017,9 +1028,7 @@ def main(argv=None):
         log.write({"step": step, "probe": probe(method, images, args, world, "end")})
     if world.rank == 0:
         common.draw_curves(args.output_dir, CURVES)
-        print0(
-            f"{args.output_dir}: {args.arch}.pth (the backbone), checkpoint.pth, log.jsonl, curves.png, matches_*.png"
-        )
+        print0(f"{args.output_dir}: {', '.join(sorted(os.listdir(args.output_dir)))}")
 
 
 def shown(line):

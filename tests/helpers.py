@@ -8,10 +8,12 @@ import pathlib
 import subprocess
 import sys
 import time
+import typing
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = "--data scenes:32 --arch resnet18 --size 64 --batch-size 8 --group-size 4 --queue-size 24 --workers 0".split()
@@ -99,10 +101,30 @@ def write_images(folder, count, size=(40, 48), seed=0):
     return folder
 
 
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def coordinate_image(width=256, height=200):
+    """Pixel (x, y) holds its own place: red x / width, green y / height, in 256 steps, by the pixel's centre."""
+    x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    return Image.fromarray((np.stack([x, y, 0 * x], 2) * 256).astype(np.uint8))
+
+
 def lifted(script, *names):
     """Execute the source of some top-level definitions of a script on their own, with only libraries in scope."""
     import scipy.optimize
     import torch.nn.functional as F
+    import torchvision
     import torchvision.transforms as transforms
     from PIL import ImageFilter
 
@@ -115,6 +137,8 @@ def lifted(script, *names):
         "np": np,
         "nn": torch.nn,
         "transforms": transforms,
+        "ops": torchvision.ops,
+        "NamedTuple": typing.NamedTuple,
         "TF": transforms.functional,
         "ImageFilter": ImageFilter,
         "linear_sum_assignment": scipy.optimize.linear_sum_assignment,

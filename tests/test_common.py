@@ -404,11 +404,11 @@ def test_full_disk(tmp_path, monkeypatch):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     checkpoints, trunk = common.Checkpoints(tmp_path, "x", {}), torch.nn.Linear(2, 2)
-    checkpoints.save(trunk, "net", step=1)
+    checkpoints.save({"net.pth": trunk.state_dict()}, step=1)
     with torch.no_grad():
         trunk.bias[0] = float("nan")
     with pytest.raises(common.UserError, match="no longer finite at step 2"):
-        checkpoints.save(trunk, "net", step=2)
+        checkpoints.save({"net.pth": trunk.state_dict()}, step=2)
     assert torch.load(tmp_path / "checkpoint.pth")["step"] == 1
 
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import lifted
+from helpers import LargestTensor, coordinate_image, lifted
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import setsim
@@ -17,12 +16,6 @@ import setsim
 # ----------------------------------------------------------------------------------------------------------------------
 # views and geometry
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def coordinate_image(width=256, height=200):
-    """Pixel (x, y) holds its own place: red x / width, green y / height, in 256 steps, by the pixel's centre."""
-    x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
-    return Image.fromarray((np.stack([x, y, 0 * x], 2) * 256).astype(np.uint8))
 
 
 @pytest.fixture
@@ -412,19 +405,6 @@ def test_chunked_negatives_equal_the_whole_in_value_and_gradient():
     assert torch.autograd.gradcheck(
         lambda x: setsim.negative_logsumexp(x, queue, 0.2, 30), q[:4].detach().requires_grad_()
     )
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
 
 
 def test_no_tensor_of_images_times_cells_times_queue():

@@ -1,0 +1,1027 @@
+"""resim.py: views, regions, Precise RoI Pooling, pyramid, losses and one iteration, each against something independent."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from helpers import LargestTensor, coordinate_image, lifted
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.ops import FeaturePyramidNetwork, roi_align
+
+import common
+import resim
+
+# ----------------------------------------------------------------------------------------------------------------------
+# views
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_colours(monkeypatch):
+    """Colour operations would change coordinates that are written in colours; crop, resize and flip stay real."""
+    monkeypatch.setattr(resim, "distort", lambda view, _: view)
+
+
+def coordinates(view):
+    """What a view of the coordinate image shows: (2, size, size), x and y as fractions of the image."""
+    return view[:2].float() / 256 + 0.5 / 256
+
+
+def test_crops_say_what_the_views_show_and_flips_are_shared(no_colours):
+    width, height, flips = 256, 200, 0
+    image = coordinate_image(width, height)
+    for i in range(40):
+        with common.drawing("test", i):
+            view_q, view_k, crop_q, crop_k = resim.two_views(image, 224, False)
+        (x_q, y_q), (x_k, y_k) = coordinates(view_q), coordinates(view_k)
+        flipped = (x_q[:, -1].mean() < x_q[:, 0].mean()).item()
+        assert flipped == (x_k[:, -1].mean() < x_k[:, 0].mean()).item()  # both or neither
+        for x, y, crop in ((x_q, y_q, crop_q), (x_k, y_k, crop_k)):
+            x0, y0, x1, y1 = crop.tolist()
+            want = x0 + (torch.arange(224) + 0.5) / 224 * (x1 - x0)  # in pixels of the flipped image
+            want = (width - want if flipped else want) / width
+            assert (x.mean(0) - want)[8:-8].abs().max() < 0.008  # two pixels of 256
+            want = (y0 + (torch.arange(224) + 0.5) / 224 * (y1 - y0)) / height
+            assert (y.mean(1) - want)[8:-8].abs().max() < 0.008
+        flips += flipped
+    assert 10 < flips < 30
+
+
+def test_windows_show_the_same_in_both_views(no_colours):
+    """The key view cut out at a valid window's box and resized is what the query view shows in the window."""
+    image, checked = coordinate_image(), 0
+    for i in range(25):
+        with common.drawing("pair", i):
+            view_q, view_k, crop_q, crop_k = resim.two_views(image, 224, False)
+        pairs = resim.region_pairs(crop_q[None], crop_k[None], 224, 48, 32)
+        for box_q, box_k, valid in zip(pairs.boxes_q[0], pairs.boxes_k[0], pairs.valid[0], strict=True):
+            if valid:
+                x0, y0, x1, y1 = box_q.int().tolist()
+                want = coordinates(view_q)[:, y0:y1, x0:x1]
+                x0, y0, x1, y1 = box_k.tolist()  # read the key view at the places that correspond, pixel by pixel
+                x = ((x0 + (torch.arange(48) + 0.5) / 48 * (x1 - x0)) / 112 - 1).expand(48, 48)
+                y = ((y0 + (torch.arange(48) + 0.5) / 48 * (y1 - y0)) / 112 - 1)[:, None].expand(48, 48)
+                grid = torch.stack([x, y], 2)[None]
+                got = F.grid_sample(coordinates(view_k)[None], grid, align_corners=False, padding_mode="border")[0]
+                assert (got - want).abs().max() < 0.02 and (got - want).abs().mean() < 0.004
+                checked += 1
+    assert checked > 200
+
+
+def test_views_follow_the_recipe():
+    """Shares and ranges of MoCo-v2's crops over many draws."""
+    image, crops = Image.new("RGB", (400, 400)), []
+    for i in range(300):
+        with common.drawing("recipe", i):
+            crops += resim.two_views(image, 32, False)[2:]
+    x0, y0, x1, y1 = torch.stack(crops).double().T
+    area, aspect = (x1 - x0) * (y1 - y0) / 400**2, (x1 - x0) / (y1 - y0)
+    assert 0.195 < area.min() < 0.25 and area.max() <= 1 and abs(area.mean() - 0.54) < 0.03
+    assert 0.74 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.35
+    assert x0.min() >= 0 and x1.max() <= 400 and all(x == x.round() for x in x0)
+
+
+def test_colour_operations_in_the_order_of_each_preset(monkeypatch):
+    seen = []
+    monkeypatch.setattr(resim.torch, "rand", lambda *_: torch.tensor(0.0))  # every operation happens
+    note = lambda name: lambda image, *_: seen.append(name) or image  # noqa: E731
+    monkeypatch.setattr(resim.TF, "hflip", note("flip"))
+    monkeypatch.setattr(resim.TF, "resized_crop", note("crop"))
+    monkeypatch.setattr(resim.TF, "rgb_to_grayscale", note("grey"))
+    monkeypatch.setattr(resim.transforms, "ColorJitter", lambda *strength: note(f"jitter {strength}"))
+    monkeypatch.setattr(
+        Image.Image, "filter", lambda image, blur: seen.append(f"blur {0.1 <= blur.radius <= 2}") or image
+    )
+    jitter = "jitter (0.4, 0.4, 0.4, 0.1)"
+    for blur_first, view in (
+        (False, ["crop", jitter, "grey", "blur True"]),
+        (True, ["crop", "blur True", jitter, "grey"]),
+    ):
+        seen.clear()
+        resim.two_views(Image.new("RGB", (8, 8)), 8, blur_first)
+        assert seen == ["flip", *view, *view]
+
+
+def test_colour_operations_are_drawn_for_each_view():
+    """Probabilities 0.8, 0.2, 0.5 (jitter, grey, blur), independent in the two views, over many draws."""
+    image = Image.fromarray((np.indices((32, 32)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
+    red = Image.merge("RGB", [image.split()[0], Image.new("L", (32, 32)), Image.new("L", (32, 32))])
+    grey = []
+    for i in range(400):
+        with common.drawing("colours", i):
+            views = resim.two_views(red, 32, False)[:2]
+        grey.append([bool((view[0] == view[2]).all()) for view in views])
+    grey = np.array(grey)
+    assert abs(grey.mean() - 0.2) < 0.06 and abs((grey[:, 0] & grey[:, 1]).mean() - 0.04) < 0.03
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# regions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window, stride, side", [(48, 32, 6), (32, 24, 8), (16, 16, 13), (48, 16, 11), (64, 48, 4)])
+def test_window_counts(window, stride, side):
+    grid = resim.window_grid(224, window, stride)
+    places = [i for i in range(0, 224, stride) if i + window < 224]  # the rule of the released code
+    assert len(places) == side and len(grid) == side**2
+    assert grid.tolist() == [[x, y, x + window, y + window] for y in places for x in places]  # row by row
+
+
+def test_kernels_of_the_negatives():
+    def kernels(*flags):
+        return [level.kernel for level in resim.make_levels(resim.get_args(["--data", "x", *flags]))]
+
+    assert kernels() == [3, 3] and kernels("--levels", "c4") == [3]
+    assert [kernels("--levels", "c4", "--window", w, "--stride", "16") for w in ("16", "48", "64")] == [[1], [3], [4]]
+    assert kernels("--window", "64", "48", "--stride", "48", "24") == [4, 3]
+
+
+def random_crops(n, seed=0, width=500, height=375):
+    """(2, n, 4) pairs of RandomResizedCrop's boxes, as two_views draws them."""
+    image, crops = Image.new("RGB", (width, height)), []
+    with common.drawing("crops", seed):
+        for _ in range(2 * n):
+            top, left, h, w = transforms.RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3))
+            crops.append([left, top, left + w, top + h])
+    return torch.tensor(crops, dtype=torch.float32).view(2, n, 4)
+
+
+def test_map_boxes_and_valid_against_a_loop():
+    crop_q, crop_k = random_crops(20)
+    pairs = resim.region_pairs(crop_q, crop_k, 224, 48, 32)
+    checked = 0
+    for b, a in itertools.product(range(20), range(36)):
+        x, y = 32 * (a % 6), 32 * (a // 6)
+        want = []
+        for i, t in enumerate((x, y, x + 48, y + 48)):  # to the image, and on to the key view
+            axis = i % 2
+            absolute = crop_q[b, axis].item() + t * (crop_q[b, axis + 2] - crop_q[b, axis]).item() / 224
+            want.append((absolute - crop_k[b, axis].item()) * 224 / (crop_k[b, axis + 2] - crop_k[b, axis]).item())
+        valid = want[0] >= 0 and want[1] >= 0 and want[2] < 224 and want[3] < 224
+        if min(abs(w) for w in want) > 1e-3 and min(abs(w - 224) for w in want) > 1e-3:  # rounding decides those
+            assert pairs.valid[b, a].item() == valid
+            checked += 1
+        assert pairs.boxes_q[b, a].tolist() == [x, y, x + 48, y + 48]
+        if pairs.valid[b, a]:
+            torch.testing.assert_close(pairs.boxes_k[b, a], torch.tensor(want), rtol=1e-5, atol=1e-3)
+        else:
+            assert pairs.boxes_k[b, a].tolist() == [0, 0, 1, 1]
+    assert checked > 600
+    boxes = resim.map_boxes(resim.window_grid(224, 48, 32), crop_q, crop_k, 224)
+    back = resim.map_boxes(boxes, crop_k, crop_q, 224)  # R_q->k is undone by R_k->q
+    torch.testing.assert_close(back, resim.window_grid(224, 48, 32).expand(20, -1, -1), rtol=0, atol=2e-3)
+
+
+def test_identical_crops_make_every_window_valid_and_equal():
+    crops = torch.cat([random_crops(500).flatten(0, 1), torch.tensor([[0.0, 0.0, 1.0, 1.0], [99991, 7, 99998, 8]])])
+    for size, window, stride in ((224, 48, 32), (224, 32, 24), (136, 48, 32)):
+        pairs = resim.region_pairs(crops, crops, size, window, stride)
+        assert pairs.valid.all() and torch.equal(pairs.boxes_q, pairs.boxes_k)
+
+
+def test_inside_is_strict_on_the_far_side_only():
+    crop_q = torch.tensor([[0.0, 0.0, 224.0, 224.0]])
+    for left, top, valid in (
+        (0, 0, True), (-176, 0, False), (-175, 0, True), (0, -176, False), (0, -175, True), (1, 0, False), (0, 1, False),
+    ):  # fmt: skip
+        crop_k = crop_q + torch.tensor([[left, top, left, top]])  # the key view is shifted, so boxes move the other way
+        boxes = resim.map_boxes(resim.window_grid(224, 48, 32)[:1], crop_q, crop_k, 224)[0, 0]
+        assert boxes.tolist() == [-left, -top, 48 - left, 48 - top]  # 48 + 176 = 224 is outside already
+        assert resim.region_pairs(crop_q, crop_k, 224, 48, 32).valid[0, 0].item() is valid
+
+
+def test_disjoint_crops_have_no_valid_window():
+    crop_q, crop_k = torch.tensor([[0.0, 0.0, 100.0, 100.0]]), torch.tensor([[200.0, 0.0, 300.0, 100.0]])
+    for one, two in ((crop_q, crop_k), (crop_k, crop_q)):
+        pairs = resim.region_pairs(one, two, 224, 48, 32)
+        assert not pairs.valid.any() and (pairs.boxes_k == torch.tensor([0, 0, 1, 1])).all()
+
+
+def test_shares_of_valid_windows_are_those_of_the_released_code():
+    """Measured there with random crops: 0.55 to 0.60 and 0.60 to 0.65 of the windows; 0.4 to 2.5 % of images have none."""
+    crop_q, crop_k = random_crops(3000)
+    coarse, fine = (resim.region_pairs(crop_q, crop_k, 224, *w).valid for w in ((48, 32), (32, 24)))
+    assert 0.55 < coarse.float().mean() < 0.60 and 0.60 < fine.float().mean() < 0.65
+    assert 0.004 < (~coarse.any(1)).float().mean() < 0.025 and 0.002 < (~fine.any(1)).float().mean() < 0.025
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precise RoI Pooling
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def interpolate(channel, x, y):
+    """Bilinear interpolation of samples at whole coordinates, zero beyond: one point, by its four neighbours."""
+    H, W = channel.shape
+    total, i, j = 0.0, math.floor(y), math.floor(x)
+    for row, column in itertools.product((i, i + 1), (j, j + 1)):
+        if 0 <= row < H and 0 <= column < W:
+            total += channel[row, column].item() * (1 - abs(y - row)) * (1 - abs(x - column))
+    return total
+
+
+def quadrature(channel, x0, y0, x1, y1):
+    """The mean of the interpolated channel over a box: cell by cell, where the midpoint rule is exact."""
+    if x1 <= x0 or y1 <= y0:
+        return 0.0
+
+    def pieces(start, end):
+        cuts = [start, *(i for i in range(math.floor(start) + 1, math.ceil(end))), end]
+        return zip(cuts[:-1], cuts[1:], strict=True)
+
+    total = 0.0
+    for (top, bottom), (left, right) in itertools.product(pieces(y0, y1), pieces(x0, x1)):
+        total += (bottom - top) * (right - left) * interpolate(channel, (left + right) / 2, (top + bottom) / 2)
+    return total / ((x1 - x0) * (y1 - y0))
+
+
+BOXES = [
+    [0, 1.3, 0.2, 4.7, 3.1], [1, 2.0, 1.0, 5.0, 4.0], [0, -2.5, -1.5, 3.0, 2.2], [1, 4.1, 3.3, 9.0, 8.0], [0, 0.0, 0.0, 5.0, 4.0],
+    [1, -7.0, -7.0, -4.0, -3.0], [0, 2.25, 1.5, 2.5, 1.75], [1, -1.0, -1.0, 6.0, 5.0], [0, 5.0, 4.0, 5.9, 4.9], [1, 2.0, 0.0, 3.0, 1.0],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("output_size", [1, 7, (2, 3), (3, 1)])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_prroi_pool_against_quadrature(output_size, scale):
+    """Boxes inside, partly and wholly outside, on whole coordinates and off them, two images in turn."""
+    feature = torch.randn(2, 2, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    boxes = torch.tensor(BOXES, dtype=torch.float64)
+    boxes[:, 1:] /= scale
+    got = resim.prroi_pool(feature, boxes, output_size, scale)
+    rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
+    assert got.shape == (len(BOXES), 2, rows, columns)
+    for r, (n, x0, y0, x1, y1) in enumerate(BOXES):
+        width, height = (x1 - x0) / columns, (y1 - y0) / rows
+        for c, i, j in itertools.product(range(2), range(rows), range(columns)):
+            bin = x0 + j * width, y0 + i * height, x0 + (j + 1) * width, y0 + (i + 1) * height
+            assert got[r, c, i, j].item() == pytest.approx(quadrature(feature[n, c], *bin), abs=1e-12)
+
+
+def test_prroi_pool_against_a_fine_riemann_sum():
+    """The definition at its plainest: the mean of very many interpolated points, by torch's own interpolation."""
+    feature = torch.randn(1, 3, 7, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    box, n = (1.2, -0.7, 6.9, 4.4), 1500
+    x = box[0] + (torch.arange(n, dtype=torch.float64) + 0.5) / n * (box[2] - box[0])
+    y = box[1] + (torch.arange(n, dtype=torch.float64) + 0.5) / n * (box[3] - box[1])
+    grid = torch.stack(torch.meshgrid(x / 4 - 1, y / 3 - 1, indexing="xy"), 2)[None]  # -1, 1: first and last sample
+    points = F.grid_sample(feature, grid, align_corners=True, padding_mode="zeros")
+    got = resim.prroi_pool(feature, torch.tensor([[0, *box]], dtype=torch.float64), 1)
+    torch.testing.assert_close(got[0, :, 0, 0], points.mean((0, 2, 3)), rtol=0, atol=1e-5)
+
+
+def test_prroi_pool_of_a_plane_is_roi_align():
+    """On a plane both means are the value at a bin's centre: torchvision's operator with unshifted samples agrees."""
+    y, x = torch.meshgrid(torch.arange(12.0), torch.arange(14.0), indexing="ij")
+    feature = torch.stack([2 * x - y + 3, 0.5 * y])[None].double()
+    boxes = torch.tensor([[0, 16.0, 20.0, 150.0, 120.0], [0, 33.3, 64.0, 80.1, 112.7]], dtype=torch.float64)
+    for size in (1, 7):
+        ours = resim.prroi_pool(feature, boxes, size, 1 / 16)
+        torch.testing.assert_close(ours, roi_align(feature, boxes, size, 1 / 16, sampling_ratio=2, aligned=False))
+
+
+def test_prroi_pool_weights_of_the_papers_window():
+    """48 pixels at stride 16 from a whole cell: 1/6, 1/3, 1/3, 1/6; over the edge of the map the rest is lost."""
+    eye = torch.eye(14, dtype=torch.float64)[None, :, None].expand(-1, -1, 14, -1)  # channel j is 1 in column j
+    box = torch.tensor([[0, 32.0, 32, 80, 80], [0, 176, 32, 224, 80]], dtype=torch.float64)
+    inner, outer = resim.prroi_pool(eye, box, 1, 1 / 16)[:, :, 0, 0]
+    torch.testing.assert_close(inner[:7], torch.tensor([0, 0, 1, 2, 2, 1, 0], dtype=torch.float64) / 6)
+    torch.testing.assert_close(outer[10:], torch.tensor([0, 1, 2, 2], dtype=torch.float64) / 6)
+
+
+def test_bins_of_one_cell_average_two_by_two_neighbours():
+    feature = torch.randn(1, 3, 6, 8, generator=torch.Generator().manual_seed(2))
+    got = resim.prroi_pool(feature, torch.tensor([[0, 1.0, 2, 6, 5]]), (3, 5))
+    torch.testing.assert_close(got, F.avg_pool2d(feature, 2, stride=1)[:, :, 2:5, 1:6])
+
+
+def test_prroi_pool_gradients():
+    """In the features and in the boxes, on whole coordinates as well (where a kink of the formula's parts lies)."""
+    rng = torch.Generator().manual_seed(3)
+    feature = torch.randn(2, 2, 5, 6, generator=rng, dtype=torch.float64, requires_grad=True)
+    boxes, fixed = torch.tensor(BOXES, dtype=torch.float64), feature.detach()
+    for size in (1, (2, 3)):
+        assert torch.autograd.gradcheck(lambda x, size=size: resim.prroi_pool(x, boxes, size, 0.7), feature)
+        for scale in (1.0, 0.7):
+            assert torch.autograd.gradcheck(
+                lambda b, s=scale, size=size: resim.prroi_pool(fixed, torch.cat([boxes[:, :1], b], 1), size, s),
+                boxes[:, 1:].clone().requires_grad_(),
+                atol=3e-5,
+            )
+
+
+def test_prroi_pool_of_empty_and_tiny_boxes():
+    feature = torch.randn(1, 2, 5, 6, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    empty = torch.tensor([[0, 2.5, 1, 2.5, 3], [0, 2, 1, 4, 1], [0, 4, 1, 2, 3], [0, 3, 3, 3, 3]]).requires_grad_()
+    pooled = resim.prroi_pool(feature, empty, 2)
+    assert torch.equal(pooled, torch.zeros(4, 2, 2, 2))
+    pooled.sum().backward()
+    assert torch.equal(feature.grad, torch.zeros_like(feature)) and torch.equal(empty.grad, torch.zeros_like(empty))
+    for width in (1e-2, 1e-3, 1e-4):  # in fp32: the interpolated value, on a whole coordinate and off it
+        for x, y in ((2.0, 3.0), (2.37, 1.61), (2.0, 1.5)):
+            tiny = torch.tensor([[0, x - width / 2, y - width / 2, x + width / 2, y + width / 2]])
+            for c, got in enumerate(resim.prroi_pool(feature, tiny, 1)[0, :, 0, 0].tolist()):
+                assert got == pytest.approx(interpolate(feature[0, c].detach(), x, y), abs=4 * width + 1e-6)
+    ones = torch.ones(1, 1, 5, 6)  # no cancellation: the weights of a tiny box still sum to 1
+    for width in (1e-3, 1e-4, 1e-5):
+        tiny = torch.tensor([[0, 3.7, 2.9, 3.7 + width, 2.9 + width]])
+        assert resim.prroi_pool(ones, tiny, 1).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_prroi_pool_takes_boxes_as_torchvision_does():
+    """A list for each image or rows with an index, in any order; images without boxes; no boxes at all."""
+    feature = torch.randn(3, 2, 5, 6, generator=torch.Generator().manual_seed(5))
+    rows = torch.tensor(BOXES)
+    rows[4:7, 0] = 2
+    rows[rows[:, 0] == 1, 0] = 0  # images 0 and 2 in turn, none for image 1
+    got = resim.prroi_pool(feature, rows, 2)
+    for row, want in zip(rows, got, strict=True):
+        n = int(row[0])
+        torch.testing.assert_close(resim.prroi_pool(feature[n : n + 1], [row[None, 1:]], 2)[0], want)
+    listed = [rows[rows[:, 0] == n, 1:] for n in range(3)]
+    order = rows[:, 0].argsort(stable=True)
+    torch.testing.assert_close(resim.prroi_pool(feature, listed, 2), got[order])
+    assert roi_align(feature, listed, 2).shape == resim.prroi_pool(feature, tuple(listed), 2).shape
+    for none in (torch.zeros(0, 5), [torch.zeros(0, 4)] * 3):
+        assert resim.prroi_pool(feature, none, (2, 3)).shape == roi_align(feature, none, (2, 3)).shape == (0, 2, 2, 3)
+
+
+def test_prroi_pool_is_computed_in_fp32():
+    feature, boxes = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(6)), torch.tensor(BOXES)
+    want = resim.prroi_pool(feature, boxes, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(resim.prroi_pool(feature, boxes, 2), want)
+    half = resim.prroi_pool(feature.bfloat16(), boxes, 2)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half, resim.prroi_pool(feature.bfloat16().float(), boxes, 2).bfloat16())
+
+
+def test_pool_regions_hands_boxes_to_either_operator():
+    feature = torch.randn(3, 4, 14, 14, generator=torch.Generator().manual_seed(7))
+    boxes = torch.rand(3, 5, 4, generator=torch.Generator().manual_seed(8)) * 100
+    boxes[..., 2:] += 100
+    prroi, align = (resim.pool_regions(feature, boxes, 16, name) for name in ("prroi", "roi_align"))
+    assert prroi.shape == align.shape == (3, 5, 4)
+    for b, a in itertools.product(range(3), range(5)):
+        row = torch.cat([torch.tensor([float(b)]), boxes[b, a]])[None]
+        torch.testing.assert_close(prroi[b, a], resim.prroi_pool(feature, row, 1, 1 / 16)[0, :, 0, 0])
+        torch.testing.assert_close(align[b, a], roi_align(feature, row, 1, 1 / 16, aligned=True)[0, :, 0, 0])
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 4])
+def test_neighbourhoods_against_a_loop(kernel):
+    feature = torch.randn(2, 3, 6, 7, generator=torch.Generator().manual_seed(9))
+    got = resim.neighbourhoods(feature, kernel)
+    places = list(itertools.product(range(6 - kernel + 1), range(7 - kernel + 1)))
+    assert got.shape == (2, len(places), 3)
+    for n, (i, j) in enumerate(places):
+        torch.testing.assert_close(got[:, n], feature[:, :, i : i + kernel, j : j + kernel].mean((2, 3)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pyramid and heads
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [(8, 4, 2), (17, 9, 5)])  # sizes that double, and sizes that do not
+@pytest.mark.parametrize("preset", ["official", "paper"])
+def test_pyramid_against_torchvision(side, preset):
+    """The exported convolutions in torchvision's FPN over C2..C5 give the same P4 and P3."""
+    method, _ = tiny("--preset", preset)
+    encoder = method.query
+    maps = [torch.randn(2, w, s, s) for w, s in zip(encoder.trunk.widths[1:], side, strict=True)]
+    merged = encoder.pyramid(*maps)
+    fpn = FeaturePyramidNetwork(encoder.trunk.widths, 256)
+    result = fpn.load_state_dict(resim.fpn_weights(encoder), strict=False)
+    assert result.unexpected_keys == []
+    left = {"inner_blocks.0", "layer_blocks.0", "layer_blocks.3"} | (
+        {"layer_blocks.1", "layer_blocks.2"} if preset == "paper" else set()
+    )
+    assert {name.rsplit(".", 2)[0] for name in result.missing_keys} == left
+    if preset == "paper":  # no output convolutions of ours: make torchvision's an identity
+        for block in fpn.layer_blocks:
+            nn.init.dirac_(block[0].weight)
+            nn.init.zeros_(block[0].bias)
+    want = fpn({str(i): x for i, x in enumerate([torch.randn(2, encoder.trunk.widths[0], 40, 40), *maps])})
+    for name, level in (("p4", "2"), ("p3", "1")):
+        got = encoder.region_heads[name](merged[name]) if preset == "official" else merged[name]
+        torch.testing.assert_close(got, want[level])
+
+
+def test_exported_pyramid_loads_into_torchvisions_detector():
+    args = resim.get_args(["--data", "x", "--preset", "official", "--queue-size", "8"])
+    weights = resim.fpn_weights(resim.build(args, WORLD).query)
+    detector = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    result = detector.backbone.fpn.load_state_dict(weights, strict=False)
+    assert result.unexpected_keys == [] and len(weights) == 10
+    assert sorted({name.rsplit(".", 2)[0] for name in result.missing_keys}) == [
+        "inner_blocks.0", "layer_blocks.0", "layer_blocks.3",
+    ]  # fmt: skip
+
+
+def test_heads_of_each_preset():
+    """Section 3.4: two 3x3 convolutions to 128 with BN and ReLU between; the released code: one, to 256."""
+    build = lambda *flags: resim.build(resim.get_args(["--data", "x", "--queue-size", "8", *flags]), WORLD).query  # noqa: E731
+    for flags, inputs in (((), {"p4": 256, "p3": 256}), (("--levels", "c4"), {"c4": 1024})):
+        encoder = build(*flags)
+        assert encoder.region_heads.keys() == inputs.keys() and (encoder.pyramid is None) == ("c4" in inputs)
+        for name, head in encoder.region_heads.items():
+            first, norm, relu, second = head
+            assert first.weight.shape == (128, inputs[name], 3, 3) and first.bias is None and first.padding == (1, 1)
+            assert type(norm) is nn.BatchNorm2d and type(relu) is nn.ReLU
+            assert second.weight.shape == (128, 128, 3, 3) and second.bias is not None and second.padding == (1, 1)
+    encoder = build("--preset", "official")
+    for head in encoder.region_heads.values():
+        assert type(head) is nn.Conv2d and head.weight.shape == (256, 256, 3, 3) and head.padding == (1, 1)
+        assert (head.bias == 0).all() and head.weight.var().item() == pytest.approx(1 / (256 * 9), rel=0.02)
+    assert [encoder.pyramid.laterals[f"c{i}"].weight.shape for i in (3, 4, 5)] == [
+        (256, 512, 1, 1), (256, 1024, 1, 1), (256, 2048, 1, 1),
+    ]  # fmt: skip
+    assert [m.weight.shape for m in encoder.image_head if isinstance(m, nn.Linear)] == [(2048, 2048), (128, 2048)]
+
+
+@pytest.mark.parametrize(
+    "flags, share", [("", 0.15), ("--levels c4", 0.063), ("--preset official", 0.185)], ids=["fpn", "c4", "official"]
+)
+def test_heads_share_of_multiply_adds(flags, share):
+    """R24, R25: 15 % of ResNet-50's for the pyramid (the paper's hours: 17 % more), 6 % for C4."""
+    args = resim.get_args(["--data", "x", "--queue-size", "8", *flags.split()])
+    encoder = resim.build(args, WORLD).query.to("meta")
+    image = torch.zeros(2, 3, 224, 224, dtype=torch.uint8, device="meta")
+    with FlopCounterMode(display=False) as all_of_it:
+        encoder(image)
+    with FlopCounterMode(display=False) as moco:
+        encoder.image_head(encoder.trunk(common.normalise(image))[-1].mean((2, 3)))
+    assert all_of_it.get_total_flops() / moco.get_total_flops() - 1 == pytest.approx(share, abs=0.005)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# losses
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+
+
+def loss_case(B=4, A=5, D=6, M=9):
+    valid = torch.rand(B, A, generator=torch.Generator().manual_seed(1)) > 0.4
+    valid[2] = False  # an image without valid windows
+    return unit(B, A, D).requires_grad_(), unit(B, A, D, seed=2), valid, unit(M, D, seed=3)
+
+
+def loop_region_loss(q, k, valid, negatives, tau, per_image):
+    """Eq. 2, term by term; with 1/n for each image, or one mean over everything."""
+    images = []
+    for b in range(len(q)):
+        rows = []
+        for i in range(q.shape[1]):
+            if valid[b, i]:
+                positive = torch.exp(q[b, i] @ k[b, i] / tau)
+                rows.append(-torch.log(positive / (positive + sum(torch.exp(q[b, i] @ n / tau) for n in negatives))))
+        images.append(rows)
+    if per_image:
+        means = [sum(rows) / len(rows) for rows in images if rows]
+        return sum(means) / len(means)
+    rows = sum(images, [])
+    return sum(rows) / len(rows)
+
+
+@pytest.mark.parametrize("per_image", [True, False])
+def test_region_loss_against_eq_2_value_and_gradient(per_image):
+    q, k, valid, negatives = loss_case()
+    fast = resim.region_contrastive_loss(q, k, valid, negatives, 0.2, per_image)
+    slow = loop_region_loss(q, k, valid, negatives, 0.2, per_image)
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(loss, q)[0] for loss in (fast, slow)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+    assert gradients[0].abs().max() > 1e-3 and not gradients[0][~valid].any()
+
+
+def test_region_loss_over_all_windows_is_cross_entropy():
+    """The released code's call: cross-entropy with target 0 and ignore_index -1."""
+    q, k, valid, negatives = loss_case()
+    logits = torch.cat([(q * k).sum(2, keepdim=True), q @ negatives.T], 2).flatten(0, 1) / 0.2
+    want = F.cross_entropy(logits, valid.flatten().long() - 1, ignore_index=-1)
+    torch.testing.assert_close(resim.region_contrastive_loss(q, k, valid, negatives, 0.2, per_image=False), want)
+
+
+@pytest.mark.parametrize("per_image", [True, False])
+def test_no_valid_window_gives_zero_and_zero_gradients(per_image):
+    q, k, valid, negatives = loss_case()
+    loss = resim.region_contrastive_loss(q, k, valid & False, negatives, 0.2, per_image)
+    assert loss.item() == 0.0
+    assert torch.equal(torch.autograd.grad(loss, q)[0], torch.zeros_like(q))
+    cosine = resim.region_cosine_loss(q[valid & False], k[valid & False], valid & False, per_image)
+    assert cosine.item() == 0.0 and torch.equal(torch.autograd.grad(cosine, q)[0], torch.zeros_like(q))
+
+
+def test_image_loss_is_cross_entropy_with_target_zero():
+    q, k, queue = unit(6, 5).requires_grad_(), unit(6, 5, seed=1), unit(11, 5, seed=2)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / 0.07
+    want = F.cross_entropy(logits, torch.zeros(6, dtype=torch.int64))
+    got = resim.image_contrastive_loss(q, k, queue, 0.07)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, q)[0], torch.autograd.grad(want, q)[0])
+
+
+def test_chunked_negatives_equal_the_whole_in_value_and_gradient():
+    q, queue = unit(7, 5).requires_grad_(), unit(11, 5, seed=1)
+    whole = torch.logsumexp(q @ queue.T / 0.2, 1)
+    weights = torch.arange(1.0, 8, dtype=torch.float64)
+    for elements in (1, 30, 10**6):  # one row at a time, two, all
+        chunked = resim.negative_logsumexp(q, queue, 0.2, elements)
+        torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=0)
+        gradients = [torch.autograd.grad((x * weights).sum(), q, retain_graph=True)[0] for x in (chunked, whole)]
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
+def test_no_tensor_of_windows_times_negatives():
+    """A group of 32 images against 36,864 gathered negatives: the logits never exist all at once."""
+    q, k, valid = unit(32, 36, 16).float().requires_grad_(), unit(32, 36, 16, seed=1).float(), torch.ones(32, 36).bool()
+    with LargestTensor() as watch:
+        resim.region_contrastive_loss(q, k, valid, unit(36864, 16, seed=2).float(), 0.2).backward()
+    assert 36864 * 16 <= watch.elements <= 2**24 < 32 * 36 * 36864
+
+
+def test_simsiam_losses_and_their_stop_gradient():
+    valid = loss_case()[2]
+    prediction, projection = (torch.randn(int(valid.sum()), 6, dtype=torch.float64, requires_grad=True) for _ in "pz")
+    loss = resim.region_cosine_loss(prediction, projection, valid)
+    where, images = valid.nonzero().tolist(), []
+    for b in range(4):
+        rows = [r for r, (image, _) in enumerate(where) if image == b]
+        cosines = [F.cosine_similarity(prediction[r], projection[r], dim=0) for r in rows]
+        images += [sum(cosines) / len(cosines)] if cosines else []
+    assert loss.item() == pytest.approx(-(sum(images) / 3).item(), abs=1e-12)
+    loss.backward()
+    assert projection.grad is None and prediction.grad.abs().max() > 0
+    p, z = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True).unbind()
+    assert resim.image_cosine_loss(p, z).item() == pytest.approx(
+        -(F.normalize(p) * F.normalize(z)).sum(1).mean().item()
+    )
+    assert torch.autograd.grad(resim.image_cosine_loss(p, z), z, allow_unused=True)[0] is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one iteration
+# ----------------------------------------------------------------------------------------------------------------------
+
+WORLD = common.World(0, 1, 0, torch.device("cpu"))
+
+
+def tiny(*flags):
+    base = "--data scenes --arch resnet18 --size 64 --batch-size 8 --group-size 4 --queue-size 20 --dim 16"
+    args = resim.get_args([*base.split(), "--window", *windows(flags), "--stride", *windows(flags), *flags])
+    return resim.build(args, WORLD), args
+
+
+def windows(flags):
+    return ["16"] if "c4" in flags else ["16", "12"]
+
+
+def tiny_batch(seed=0, n=8):
+    """Views of random blocks; crops that overlap more or less."""
+    rng = torch.Generator().manual_seed(seed)
+    views = torch.randint(0, 256, (2, n, 3, 4, 4), generator=rng, dtype=torch.uint8)
+    views = views.repeat_interleave(16, 3).repeat_interleave(16, 4)
+    crops = torch.randint(0, 40, (2, n, 4), generator=rng).float()
+    crops[..., 2:] += 80
+    return views[0], views[1], crops[0], crops[1]
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_a_level_against_double_loops_with_its_in_batch_negatives(preset):
+    """Eqs. 1 and 2 from two feature maps: pooled windows, neighbourhoods of all images (P4) or of the group (P3)."""
+    method, _ = tiny("--preset", preset)
+    _, _, crop_q, crop_k = tiny_batch()
+    crop_k[2] += 1000  # an image without valid windows
+    crop_k[4:, 0] += 30  # the second group has fewer
+    for level in method.levels:
+        pairs = resim.region_pairs(crop_q, crop_k, 64, level.window, level.step)
+        side = 64 // level.stride
+        map_q, map_k = torch.randn(2, 8, 6, side, side, generator=torch.Generator().manual_seed(1))
+        map_q.requires_grad_()
+        loss, values = method.compare(level, map_q, map_k, pairs)
+        pooled = []
+        for maps, boxes in ((map_q, pairs.boxes_q), (map_k, pairs.boxes_k)):
+            rows = torch.cat([torch.arange(8).repeat_interleave(boxes.shape[1])[:, None], boxes.flatten(0, 1)], 1)
+            pooled.append(resim.prroi_pool(maps, rows, 1, 1 / level.stride)[:, :, 0, 0].view(8, -1, 6))
+        q, k = (x / x.norm(dim=2, keepdim=True).clamp(min=1e-12) for x in pooled)
+        near = [[] for _ in range(8)]
+        for b, i, j in itertools.product(range(8), range(side - 2), range(side - 2)):
+            vector = sum(map_k[b, :, i + di, j + dj] for di in range(3) for dj in range(3))
+            near[b].append(vector / vector.norm())
+        assert level.kernel == {"p4": 1, "p3": 3}[level.name] or True
+        if level.kernel == 1:
+            near = [
+                [map_k[b, :, i, j] / map_k[b, :, i, j].norm() for i in range(side) for j in range(side)]
+                for b in range(8)
+            ]
+        groups = []
+        for images in (range(0, 4), range(4, 8)):
+            negatives = [n for b in (range(8) if level.name == "p4" else images) for n in near[b]]
+            some = slice(images.start, images.stop)
+            groups.append(loop_region_loss(q[some], k[some], pairs.valid[some], negatives, 0.2, preset == "paper"))
+        want = (groups[0] + groups[1]) / 2
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+        gradients = [torch.autograd.grad(x, map_q, retain_graph=True)[0] for x in (loss, want)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+        assert gradients[0].abs().max() > 1e-4 and pairs.valid[:4].sum() != pairs.valid[4:].sum()
+        assert values[f"loss_{level.name}"] == loss.detach()
+
+
+def test_identical_pixels_and_crops_give_logits_of_one_over_tau(monkeypatch):
+    """In eval mode a view and its copy agree in every window: 36 and 64 valid, boxes equal, q . k = 1."""
+    flags = "--data x --arch resnet18 --batch-size 2 --queue-size 4 --ema 1 --preset".split()
+    seen = []
+    original = resim.region_contrastive_loss
+    monkeypatch.setattr(resim, "region_contrastive_loss", lambda *a: seen.append(a) or original(*a))
+    for preset in ("paper", "official"):
+        method = resim.build(resim.get_args([*flags, preset]), WORLD).eval()
+        view = torch.randint(0, 256, (2, 3, 224, 224), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        crop = torch.tensor([[3.0, 5, 203, 155], [0, 0, 77, 99]])
+        seen.clear()
+        with torch.no_grad():
+            method(method.query, view, view, crop, crop, 0)
+        assert [call[2].shape for call in seen] == [(2, 36), (2, 64)] and all(call[2].all() for call in seen)
+        for q, k, *_ in seen:
+            torch.testing.assert_close((q * k).sum(2) / 0.2, torch.full(q.shape[:2], 5.0), rtol=1e-4, atol=0)
+
+
+def test_regions_are_pooled_from_unshuffled_keys_of_the_key_network(monkeypatch):
+    seen, outputs = [], {}
+    method, _ = tiny("--ema", "1")
+    with torch.no_grad():
+        for parameter in method.key.parameters():
+            parameter.mul_(1.01)
+    compare = method.compare
+    monkeypatch.setattr(method, "compare", lambda *a: seen.append(a) or compare(*a))
+    for name in ("query", "key"):
+        getattr(method, name).register_forward_hook(lambda m, i, out, name=name: outputs.update({name: out}))
+    method(method.query, *tiny_batch(), step=0)
+    back = torch.argsort(torch.randperm(8, generator=common.generator("shuffle", 0, 0)))
+    assert [call[0].name for call in seen] == ["p4", "p3"]
+    for i, (_, map_q, map_k, _) in enumerate(seen):
+        assert torch.equal(map_q, outputs["query"].maps[i]) and torch.equal(map_k, outputs["key"].maps[i][back])
+        assert map_q.requires_grad and not map_k.requires_grad
+
+
+def test_key_network_starts_equal_and_gets_no_gradient():
+    for flags in ((), ("--levels", "c4"), ("--preset", "official")):
+        method, _ = tiny(*flags)
+        for query, key in zip(method.query.parameters(), method.key.parameters(), strict=True):
+            assert torch.equal(query, key) and query is not key and not key.requires_grad
+        method(method.query, *tiny_batch(), step=0)[0].backward()
+        assert all(p.grad is None for p in method.key.parameters())
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.query.parameters())
+
+
+def test_momentum_update_before_the_keys_and_parameters_only():
+    method, _ = tiny("--ema", "0.75")
+    with torch.no_grad():
+        for p in method.query.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    query, key = ([p.detach().clone() for p in network.parameters()] for network in (method.query, method.key))
+    seen = []
+    method.key.register_forward_pre_hook(lambda m, _: seen.append([p.clone() for p in m.parameters()]))
+    method(method.query, *tiny_batch(), step=0)
+    for now, q, k in zip(seen[0], query, key, strict=True):
+        torch.testing.assert_close(now, 0.75 * k + 0.25 * q)
+    own, taken = ([b for b in network.buffers() if b.ndim] for network in (method.key, method.query))
+    assert len(seen) == 1 and not any(torch.equal(a, b) for a, b in zip(own, taken, strict=True))
+
+
+def test_image_loss_sees_the_queue_as_it_was_and_regions_have_none(monkeypatch):
+    method, _ = tiny()
+    before, seen, passes = method.image_queue.vectors.clone(), [], []
+    original = resim.image_contrastive_loss
+    monkeypatch.setattr(
+        resim,
+        "image_contrastive_loss",
+        lambda q, k, queue, tau: seen.append(queue.clone()) or original(q, k, queue, tau),
+    )
+    method.key.register_forward_hook(lambda m, i, out: passes.append(out))
+    method(method.query, *tiny_batch(), step=0)
+    assert len(seen) == 1 and torch.equal(seen[0], before)
+    back = torch.argsort(torch.randperm(8, generator=common.generator("shuffle", 0, 0)))
+    want = F.normalize(passes[0].image[back], dim=1)
+    assert torch.equal(method.image_queue.vectors[:8], want) and torch.equal(method.image_queue.vectors[8:], before[8:])
+    assert [name for name, _ in method.named_buffers() if "queue" in name] == [
+        "image_queue.vectors",
+        "image_queue.pointer",
+    ]
+
+
+def test_losses_and_pooling_stay_in_fp32_under_amp(monkeypatch):
+    seen = []
+    for name in (
+        "image_contrastive_loss",
+        "region_contrastive_loss",
+        "prroi_pool",
+        "region_cosine_loss",
+        "image_cosine_loss",
+    ):
+        original = getattr(resim, name)
+        monkeypatch.setattr(resim, name, lambda *a, f=original, n=name: seen.append((n, a)) or f(*a))
+    for framework in ("moco", "simsiam"):
+        flags = "--data scenes --arch resnet18 --size 64 --batch-size 8 --window 16 12 --amp bf16 --framework"
+        method = resim.build(resim.get_args([*flags.split(), framework]), WORLD)
+        outputs = []
+        method.query.register_forward_hook(lambda m, i, out, outputs=outputs: outputs.append(out))
+        method(method.query, *tiny_batch(), step=0)
+        assert (outputs[0] if framework == "moco" else outputs[0][0])[0].dtype == torch.bfloat16
+    assert {name for name, _ in seen} == {
+        "image_contrastive_loss", "region_contrastive_loss", "prroi_pool", "region_cosine_loss", "image_cosine_loss",
+    }  # fmt: skip
+    for _, arguments in seen:
+        assert {x.dtype for x in arguments if isinstance(x, torch.Tensor)} <= {torch.float32, torch.bool}
+
+
+@pytest.mark.parametrize("flags", [(), ("--levels", "c4"), ("--preset", "official")])
+def test_total_loss_adds_the_levels_and_weighs_the_image(flags):
+    for weight in (0.0, 1.0, 2.5):
+        method, _ = tiny("--loss-weight", str(weight), *flags)
+        _, values = method(method.query, *tiny_batch(), step=0)
+        levels = [values[name] for name in values if name in ("loss_c4", "loss_p4", "loss_p3")]
+        assert len(levels) == (1 if "c4" in flags else 2)
+        assert values["loss"].item() == pytest.approx((sum(levels) + weight * values["loss_image"]).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--preset", "official"), ("--levels", "c4"), ("--framework", "simsiam"), ("--framework", "simsiam", "--levels", "c4")]
+)  # fmt: skip
+def test_batches_without_valid_windows_train_on(flags):
+    base = "--data scenes --arch resnet18 --size 64 --batch-size 8 --window".split()
+    args = resim.get_args([*base, *windows(flags), "--stride", *windows(flags), *flags])
+    method = resim.build(args, WORLD)
+    view_q, view_k, crop_q, crop_k = tiny_batch()
+    optimizer = torch.optim.SGD(method.query.parameters(), 0.01)
+    for shift in (1000, 0):
+        loss, values = method(method.query, view_q, view_k, crop_q, crop_k + shift, step=0)
+        optimizer.zero_grad()
+        loss.backward()
+        names = [name for name in values if name.startswith("loss_") and name != "loss_image"]
+        if shift:
+            assert [values[name].item() for name in names] == [0] * len(names)
+            assert all(values[name].item() == 1 for name in values if name.startswith("empty"))
+            heads = [p for name, p in method.query.named_parameters() if "region" in name]
+            assert heads and all((p.grad == 0).all() for p in heads)
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in method.query.parameters())
+        assert loss.item() == pytest.approx(sum(values[name].item() for name in (*names, "loss_image")), abs=1e-5)
+        optimizer.step()
+    assert all(values[name].item() != 0 for name in names)
+    assert all(b.isfinite().all() for b in method.buffers())
+
+
+def test_health_values_against_a_count():
+    _, _, valid, _ = loss_case()
+    vectors = unit(int(valid.sum()), 6)
+    values = resim.health("p4", valid, vectors)
+    flags = valid.tolist()
+    assert values["valid_p4"].item() == pytest.approx(sum(map(sum, flags)) / 20)
+    assert values["empty_p4"].item() == pytest.approx(sum(not any(row) for row in flags) / 4)
+    assert values["std_p4"].item() == pytest.approx(np.std(vectors.numpy(), axis=0).mean(), abs=1e-9)
+
+
+def test_yardsticks():
+    """ln(negatives + 1) with the paper's counts, 12 x 12 x 256 and 26 x 26 x 32; 1 / sqrt(D) of each embedding."""
+    args = resim.get_args(["--data", "x"])
+    levels = resim.make_levels(args)
+    trunk = type("Trunk", (), {"widths": [256, 512, 1024, 2048]})
+    stub = type("Method", (), {"levels": levels, "query": type("Query", (), {"trunk": trunk})})
+    for processes in (1, 8):
+        found = resim.yardsticks(args, stub, common.World(0, processes, 0, torch.device("cpu")))
+        assert found["chance_p4"] == pytest.approx(math.log(36_864 + 1))
+        assert found["chance_p3"] == pytest.approx(math.log(21_632 + 1))
+        assert found["loss_chance"] == pytest.approx(math.log(65_537))
+        assert found["std_spread"] == found["spread_p4"] == found["spread_p3"] == pytest.approx(128**-0.5)
+    found = resim.yardsticks(resim.get_args(["--data", "x", "--preset", "official"]), stub, WORLD)
+    assert (found["std_spread"], found["spread_p4"]) == (pytest.approx(128**-0.5), pytest.approx(1 / 16))
+    found = resim.yardsticks(resim.get_args(["--data", "x", "--framework", "simsiam"]), stub, WORLD)
+    assert found["chance_p4"] is None and found["loss_chance"] is None
+    assert [round(found[name] ** -2) for name in ("std_spread", "spread_p4", "spread_p3")] == [2048, 1024, 512]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SimSiam
+# ----------------------------------------------------------------------------------------------------------------------
+
+TABLE_7 = {"image": (2048, 2048, 512), "p4": (256, 1024, 256), "p3": (256, 512, 128), "c4": (1024, 1024, 256)}
+
+
+@pytest.mark.parametrize("levels", ["c4", "fpn"])
+def test_simsiam_heads_have_table_7s_dimensions(levels):
+    args = resim.get_args(["--data", "x", "--framework", "simsiam", "--levels", levels])
+    encoder = resim.build(args, WORLD).query
+    heads = {"image": (encoder.projector, encoder.predictor)}
+    for name in encoder.region_projectors:
+        heads[name] = encoder.region_projectors[name], encoder.region_predictors[name]
+    assert set(heads) == {"image", *(["c4"] if levels == "c4" else ["p4", "p3"])}
+    for name, (projector, predictor) in heads.items():
+        inputs, E, bottleneck = TABLE_7[name]
+        linear = [m for m in projector if isinstance(m, nn.Linear)]
+        assert [tuple(m.weight.shape) for m in linear] == [(E, inputs), (E, E), (E, E)]
+        assert all(m.bias is None for m in linear) and isinstance(projector[-1], nn.BatchNorm1d)
+        assert projector[-1].weight is None and sum(isinstance(m, nn.ReLU) for m in projector) == 2
+        one, norm, relu, two = predictor
+        assert one.weight.shape == (bottleneck, E) and one.bias is None and isinstance(norm, nn.BatchNorm1d)
+        assert two.weight.shape == (E, bottleneck) and two.bias is not None
+    assert all((block.bn3.weight == 0).all() for block in encoder.trunk.layer4)  # B16, R27
+
+
+def test_simsiam_iteration_by_hand():
+    flags = "--data scenes --arch resnet18 --size 64 --batch-size 8 --framework simsiam --window 16 12 --stride 16 12"
+    method, again = (resim.build(resim.get_args(flags.split()), WORLD) for _ in range(2))
+    views = tiny_batch()
+    loss, values = method(method.query, *views, step=0)
+    loss.backward()
+    assert all(p.grad is not None for p in method.query.parameters())
+    encoder, total = again.query, 0
+    z, p, maps = [], [], []
+    for view in views[:2]:
+        stages = encoder.trunk(common.normalise(view))
+        z.append(encoder.projector(stages[3].mean((2, 3))))
+        p.append(encoder.predictor(z[-1]))
+        maps.append(encoder.pyramid(*stages[1:]))
+    image = -(F.cosine_similarity(p[0], z[1]).mean() + F.cosine_similarity(p[1], z[0]).mean()) / 2
+    assert values["loss_image"].item() == pytest.approx(image.item(), abs=1e-5)
+    for level in again.levels:
+        pairs = resim.region_pairs(views[2], views[3], 64, level.window, level.step)
+        rows = [[], []]
+        for b, a in pairs.valid.nonzero().tolist():  # valid windows alone, one by one
+            for side, boxes in enumerate((pairs.boxes_q, pairs.boxes_k)):
+                one = resim.prroi_pool(maps[side][level.name][b : b + 1], [boxes[b, a][None]], 1, 1 / level.stride)
+                rows[side].append(one[0, :, 0, 0])
+        z = [encoder.region_projectors[level.name](torch.stack(r)) for r in rows]
+        p = [encoder.region_predictors[level.name](x) for x in z]
+        cosine = (F.cosine_similarity(p[0], z[1]) + F.cosine_similarity(p[1], z[0])) / 2
+        images = [cosine[pairs.valid.nonzero()[:, 0] == b].mean() for b in range(8) if pairs.valid[b].any()]
+        want = -sum(images) / len(images)
+        assert values[f"loss_{level.name}"].item() == pytest.approx(want.item(), abs=1e-5)
+        total = total + want
+    assert loss.item() == pytest.approx((total + image).item(), abs=2e-5)
+
+
+def test_a_single_valid_region_is_left_out_of_simsiam():
+    flags = (
+        "--data scenes --arch resnet18 --size 64 --batch-size 2 --framework simsiam --levels c4 --window 16 --stride 16"
+    )
+    method = resim.build(resim.get_args(flags.split()), WORLD)
+    crop_q = torch.tensor([[0.0, 0, 64, 64], [0, 0, 64, 64]])
+    crop_k = torch.tensor([[-40.0, -40, 24, 24], [900, 900, 964, 964]])  # one window of the first image at most
+    assert resim.region_pairs(crop_q, crop_k, 64, 16, 16).valid.sum() == 1
+    view = tiny_batch(n=2)[0]
+    loss, values = method(method.query, view, view, crop_q, crop_k, step=0)
+    loss.backward()
+    assert values["loss_c4"].item() == 0 and values["empty_c4"].item() == 1
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.query.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# settings, released layout, pieces
+# ----------------------------------------------------------------------------------------------------------------------
+
+PRESETS = {  # literal copy of the table of presets
+    "paper": dict(framework="moco", levels="fpn", window=[48, 32], stride=[32, 24], pool="prroi", loss_weight=1.0, temperature=0.2,
+                  lr=0.03, batch_size=256, epochs=200, queue_size=65536, ema=0.999, momentum=0.9, weight_decay=1e-4, dim=128,
+                  arch="resnet50", size=224, amp="none", group_size=32),
+    "official": dict(framework="moco", levels="fpn", window=[48, 32], stride=[32, 24], pool="prroi", loss_weight=1.0, temperature=0.2,
+                     lr=0.03, batch_size=256, epochs=200, queue_size=65536, ema=0.999, momentum=0.9, weight_decay=1e-4, dim=128),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset, monkeypatch):
+    args = resim.get_args(["--data", "x", "--preset", preset])
+    assert {name: getattr(args, name) for name in PRESETS[preset]} == PRESETS[preset]
+    won = resim.get_args(["--data", "x", "--preset", preset, "--lr", "1", "--window", "64", "32"])
+    assert (won.lr, won.window, won.stride) == (1, [64, 32], [32, 24])
+    method, args = tiny("--preset", preset)
+    calls = []
+    original = resim.region_contrastive_loss
+    monkeypatch.setattr(resim, "region_contrastive_loss", lambda *a: calls.append(a) or original(*a))
+    method(method.query, *tiny_batch(), step=0)
+    assert [call[-1] for call in calls] == [preset == "paper"] * 4  # per image; two levels, two groups
+    assert {call[-2] for call in calls} == {0.2}
+    assert {call[0].shape[2] for call in calls} == {16 if preset == "paper" else 256}
+    assert [len(call[3]) for call in calls] == [8 * 16, 8 * 16, 4 * 36, 4 * 36]  # P4 gathered, P3 of the group
+    first = []
+    monkeypatch.setattr(resim, "distort", lambda view, blur_first: first.append(blur_first) or view)
+    image = Image.new("RGB", (70, 70))
+    resim.TwoViews([(image, 0)], 64, args.preset == "official", 0)[0, 0]
+    assert first == [preset == "official"] * 2
+
+
+def test_defaults_of_simsiam_and_c4():
+    args = resim.get_args("--data x --framework simsiam --levels c4".split())
+    assert (args.lr, args.fix_pred_lr, args.window, args.stride) == (0.1, True, [48], [32])
+    assert resim.get_args("--data x --framework simsiam --lr 0.05".split()).lr == 0.05
+    (level,) = resim.make_levels(args)
+    assert (level.name, level.stride, level.gathered) == ("c4", 16, True)
+    p4, p3 = resim.make_levels(resim.get_args(["--data", "x"]))
+    assert (p4.name, p4.stride, p4.gathered, p3.name, p3.stride, p3.gathered) == ("p4", 16, True, "p3", 8, False)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("", "--data"),
+        ("--data x --temperature 0", "--temperature 0.0: must be at least 0.001"),
+        ("--data x --window 48", "--window 48: give one positive number for each of P4, P3"),
+        ("--data x --levels c4 --stride 32 24", "--stride 32 24: give one positive number for each of C4"),
+        ("--data x --stride 0 24", "--stride 0 24: give one positive"),
+        ("--data x --size 48", "--size 48: a window of 48 pixels does not fit"),
+        ("--data x --framework simsiam --queue-size 8", "--queue-size has no effect"),
+        ("--data x --framework simsiam --dim 64", "--dim has no effect"),
+        ("--data x --framework simsiam --group-size 64", "--group-size has no effect"),
+        ("--data x --fix-pred-lr", "--fix-pred-lr has no effect"),
+        ("--data x --preset official --levels c4", "ReSim-FPN on MoCo-v2"),
+        ("--data x --preset official --framework simsiam", "ReSim-FPN on MoCo-v2"),
+    ],
+)
+def test_settings_that_make_no_sense(flags, words):
+    with pytest.raises(common.UserError, match=words) as error:
+        resim.get_args(flags.split())
+    assert "\n" not in str(error.value)
+
+
+def released_checkpoint(dim=128, K=64, seed=0):
+    """A state_dict as the released code writes it, from torchvision's ResNet-50 and its own names for the rest."""
+    torch.manual_seed(seed)
+    state = {}
+    for network in ("encoder_q", "encoder_k"):
+        resnet = torchvision.models.resnet50()
+        resnet.fc = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, dim))
+        for name, inputs, kernel in (
+            ("lateral3", 512, 1), ("lateral4", 1024, 1), ("lateral5", 2048, 1), ("output3", 256, 3), ("output4", 256, 3),
+        ):  # fmt: skip
+            resnet.add_module(f"fpn_{name}", nn.Conv2d(inputs, 256, kernel, padding=kernel // 2))
+        state |= {f"module.{network}.{name}": tensor for name, tensor in resnet.state_dict().items()}
+    return state | {"module.queue": F.normalize(torch.randn(dim, K), dim=0), "module.queue_ptr": torch.tensor([7])}
+
+
+def test_released_checkpoints_load_into_the_model_and_back(tmp_path, capsys):
+    released = released_checkpoint()
+    args = resim.get_args(["--data", "x", "--preset", "official", "--queue-size", "64"])
+    method = resim.build(args, WORLD)
+    method.load_state_dict(resim.from_released(released, method.state_dict()))  # strict: nothing missing or left over
+    assert torch.equal(method.image_queue.vectors[3], released["module.queue"][:, 3])
+    assert torch.equal(method.query.region_heads["p3"].weight, released["module.encoder_q.fpn_output3.weight"])
+    assert torch.equal(method.key.pyramid.laterals["c5"].bias, released["module.encoder_k.fpn_lateral5.bias"])
+    assert torch.equal(method.key.image_head[2].weight, released["module.encoder_k.fc.2.weight"])
+    back = resim.to_released(method.state_dict())
+    assert back.keys() == released.keys() and all(torch.equal(back[name], released[name]) for name in released)
+
+    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": released}, tmp_path / "resim.pth.tar")
+    method = resim.build(args, WORLD, tmp_path / "resim.pth.tar")
+    for network in (method.query, method.key):  # both start from the query network
+        assert torch.equal(network.trunk.layer4[2].conv3.weight, released["module.encoder_q.layer4.2.conv3.weight"])
+        assert torch.equal(network.pyramid.laterals["c3"].weight, released["module.encoder_q.fpn_lateral3.weight"])
+        assert torch.equal(network.image_head[0].bias, released["module.encoder_q.fc.0.bias"])
+    assert "its projector and its FPN convolutions as well" in capsys.readouterr().out
+    method = resim.build(resim.get_args(["--data", "x", "--queue-size", "64"]), WORLD, tmp_path / "resim.pth.tar")
+    assert torch.equal(method.query.trunk.conv1.weight, released["module.encoder_q.conv1.weight"])
+    assert "as well" not in capsys.readouterr().out  # other heads: the backbone alone
+    without = {name: tensor for name, tensor in released.items() if name != "module.encoder_q.fpn_lateral4.bias"}
+    narrow = released | {"module.encoder_q.fc.2.weight": torch.zeros(64, 2048)}
+    for state, words in (
+        (without, "fpn_lateral4.bias is missing"),
+        (narrow, "not of this --dim .*image_head.2.weight"),
+    ):
+        torch.save({"state_dict": state}, tmp_path / "broken.pth.tar")
+        with pytest.raises(common.UserError, match=words) as error:
+            resim.build(args, WORLD, tmp_path / "broken.pth.tar")
+        assert "\n" not in str(error.value)
+
+
+def test_pieces_work_alone(monkeypatch):
+    """The source of each function by itself, with nothing but libraries in scope, passes the same oracles."""
+    pooling = ("hat_integrals", "bin_weights", "prroi_pool")
+    pieces = [pooling, ("window_grid",), ("map_boxes",), ("neighbourhoods",), ("image_cosine_loss",)]
+    pieces += [("window_grid", "map_boxes", "Pairs", "region_pairs"), ("mean_over_regions", "region_cosine_loss")]
+    pieces += [("NegativeLogSumExp", "negative_logsumexp"), (*pooling, "pool_regions"), ("distort",)]
+    pieces += [("NegativeLogSumExp", "negative_logsumexp", "image_contrastive_loss"), ("distort", "two_views")]
+    pieces += [("NegativeLogSumExp", "negative_logsumexp", "mean_over_regions", "region_contrastive_loss")]
+    for names in pieces:
+        for name, alone in zip(names, lifted("resim.py", *names), strict=True):
+            monkeypatch.setattr(resim, name, alone)
+    test_views_follow_the_recipe()
+    test_window_counts(48, 32, 6)
+    test_map_boxes_and_valid_against_a_loop()
+    test_prroi_pool_against_quadrature((2, 3), 0.5)
+    test_prroi_pool_gradients()
+    test_prroi_pool_takes_boxes_as_torchvision_does()
+    test_pool_regions_hands_boxes_to_either_operator()
+    test_neighbourhoods_against_a_loop(3)
+    test_region_loss_against_eq_2_value_and_gradient(True)
+    test_image_loss_is_cross_entropy_with_target_zero()
+    test_simsiam_losses_and_their_stop_gradient()
