@@ -444,6 +444,12 @@ class Pyramid(nn.Module):
         return {"p4": p4, "p3": p3}
 
 
+def level_maps(stages, pyramid):
+    """From C2..C5 to {name of a level: the map that its regions come from}: P4 and P3, or C4 if there is no pyramid."""
+    _, c3, c4, c5 = stages
+    return pyramid(c3, c4, c5) if pyramid else {"c4": c4}
+
+
 def init_as_pyramid(convolutions):
     """Uniform with variance 1 / fan-in, no bias, as torchvision and Detectron2 start the convolutions of a pyramid."""
     for convolution in convolutions:
@@ -484,10 +490,13 @@ class Encoder(nn.Module):
                 )  # fmt: skip
 
     def encode(self, images):
-        _, c3, c4, c5 = self.trunk(common.normalise(images))
-        image = self.image_head(c5.mean((2, 3)))  # (B, D)
-        maps = self.pyramid(c3, c4, c5) if self.pyramid else {"c4": c4}
-        return image, *(self.region_heads[name](maps[name]) for name in self.names)  # (B, D), (B, D, H, W), ...
+        return self.project(self.trunk(common.normalise(images)))
+
+    def project(self, stages):
+        """C2..C5, (B, C, H, W) each -> image (B, D), and the map (B, D, H, W) of each level"""
+        image = self.image_head(stages[-1].mean((2, 3)))
+        maps = level_maps(stages, self.pyramid)
+        return image, *(self.region_heads[name](maps[name]) for name in self.names)
 
     def forward(self, view):
         """(B, 3, size, size) uint8 -> Encoded. Batch statistics are per group of images."""
@@ -524,14 +533,10 @@ class SimSiamEncoder(nn.Module):
             heads = simsiam_heads(level.channels(self.trunk.widths), E)
             self.region_projectors[level.name], self.region_predictors[level.name] = heads
 
-    def maps(self, images):
-        """(B, 3, size, size) uint8 -> C5 (B, C, H, W), {name of a level: (B, C, H, W)}"""
-        _, c3, c4, c5 = self.trunk(common.normalise(images))
-        return c5, self.pyramid(c3, c4, c5) if self.pyramid else {"c4": c4}
-
     def encode(self, images, boxes, valid):
-        c5, maps = self.maps(images)
-        projection = self.projector(c5.mean((2, 3)))  # (B, E)
+        stages = self.trunk(common.normalise(images))  # (B, C, H, W) each
+        maps = level_maps(stages, self.pyramid)
+        projection = self.projector(stages[-1].mean((2, 3)))  # (B, E)
         regions = []
         for level, b, v in zip(self.levels, boxes, valid, strict=True):
             vectors = pool_regions(maps[level.name], b, level.stride, self.operator)  # (B, A, C)
@@ -760,16 +765,17 @@ class ReSimMoCo(nn.Module):
 
     @torch.no_grad()
     def see(self, view_q, view_k, crop_q, crop_k):
-        """[Seen of each level], with the batch statistics of these images."""
+        """C4 of both views, (B, C, H, W), and [Seen of each level]; batch statistics are these images' together."""
         with self.autocast():
-            query, key = self.query(view_q), self.key(view_k)
+            stages_q, stages_k = (n.trunk(common.normalise(v)) for n, v in ((self.query, view_q), (self.key, view_k)))
+            (_, *maps_q), (_, *maps_k) = self.query.project(stages_q), self.key.project(stages_k)
         seen = []
-        for level, map_q, map_k in zip(self.levels, query.maps, key.maps, strict=True):
+        for level, map_q, map_k in zip(self.levels, maps_q, maps_k, strict=True):
             pairs = region_pairs(crop_q, crop_k, self.size, level.window, level.step)
             q = F.normalize(pool_regions(map_q, pairs.boxes_q, level.stride, self.operator), dim=2)  # (B, A, D)
             near = F.normalize(neighbourhoods(map_k, level.kernel), dim=2)  # (B, H' W', D)
             seen.append(Seen(pairs, as_grid(q @ near.transpose(1, 2))))
-        return seen
+        return stages_q[2].float(), stages_k[2].float(), seen
 
 
 def as_grid(similarity):
@@ -807,9 +813,10 @@ class ReSimSimSiam(nn.Module):
 
     @torch.no_grad()
     def see(self, view_q, view_k, crop_q, crop_k):
-        """[Seen of each level], with the batch statistics of these images: predictions against projections."""
+        """As ReSimMoCo.see; the similarities are those of predictions to projections."""
         with self.autocast():
-            (_, maps_q), (_, maps_k) = self.query.maps(view_q), self.query.maps(view_k)
+            stages_q, stages_k = (self.query.trunk(common.normalise(view)) for view in (view_q, view_k))
+            maps_q, maps_k = (level_maps(stages, self.query.pyramid) for stages in (stages_q, stages_k))
         seen = []
         for level in self.levels:
             pairs = region_pairs(crop_q, crop_k, self.size, level.window, level.step)
@@ -819,7 +826,7 @@ class ReSimSimSiam(nn.Module):
             q = F.normalize(predict(project(q.flatten(0, 1))), dim=1).view(*q.shape[:2], -1)  # (B, A, E)
             near = F.normalize(project(near.flatten(0, 1)), dim=1).view(*near.shape[:2], -1)  # (B, H' W', E)
             seen.append(Seen(pairs, as_grid(q @ near.transpose(1, 2))))
-        return seen
+        return stages_q[2].float(), stages_k[2].float(), seen
 
 
 # ======================================================================================================================
@@ -975,9 +982,9 @@ def correspondence_accuracy(similarity, window_q, window_k, H, W):
 def probe(method, images, args, world, title):
     """On fixed pairs of crops: draw OUTPUT_DIR/regions_<title>.png, print and return the correspondence accuracy.
 
-    The accuracy is that of the query backbone's C4. The networks are copies in training mode, so that batch statistics
-    are what the loss sees and nothing is changed. All processes compute the same (synchronised batch norm waits for
-    all); the first one draws.
+    The accuracy is that of the backbones' C4. The networks are copies in training mode, so that batch statistics are
+    what the loss sees and nothing is changed. All processes compute the same (synchronised batch norm waits for all);
+    the first one draws.
     """
     method = copy.deepcopy(method)
     hits, chances, cells = 0.0, 0.0, 0
@@ -987,14 +994,12 @@ def probe(method, images, args, world, title):
             with common.drawing("probe", args.seed, i):
                 pairs.append(two_views(images.probe(i), args.size, False))
         view_q, view_k, crop_q, crop_k = (torch.stack(x).to(world.device) for x in zip(*pairs, strict=True))
-        seen = method.see(view_q, view_k, crop_q, crop_k) if first == 0 else None
+        c4_q, c4_k, seen = method.see(view_q, view_k, crop_q, crop_k)
         if first == 0 and world.rank == 0:
             path = os.path.join(args.output_dir, f"regions_{title}.png")
             draw_regions(path, view_q[:6], view_k[:6], crop_q[:6], crop_k[:6], seen, method.levels)
-        with torch.no_grad(), method.autocast():
-            c4_q, c4_k = (method.query.trunk(common.normalise(view))[2] for view in (view_q, view_k))  # (B, C, H, W)
         H, W = c4_q.shape[2:]
-        c4_q, c4_k = (F.normalize(c4.float().flatten(2), dim=1) for c4 in (c4_q, c4_k))  # (B, C, S)
+        c4_q, c4_k = (F.normalize(c4.flatten(2), dim=1) for c4 in (c4_q, c4_k))  # (B, C, S)
         hit, chance, n = correspondence_accuracy(c4_q.transpose(1, 2) @ c4_k, crop_q, crop_k, H, W)
         hits, chances, cells = hits + hit * n, chances + chance * n, cells + n
     hits, chances = hits / cells, chances / cells

@@ -2,7 +2,9 @@
 """Speed and memory, as ratios taken side by side in one run: the two candidates in turn, medians over --repeat rounds.
 
 python -m bench.speed set-loss      setsim.py's set loss against every row x every key in one tensor
-python -m bench.speed iteration     a whole iteration of SetSim against plain MoCo-v2 on the same encoder
+python -m bench.speed setsim        a whole iteration of SetSim against plain MoCo-v2 on the same encoder
+python -m bench.speed resim         the same for ReSim-C4 and ReSim-FPN, beside the heads' share of multiply-adds
+python -m bench.speed prroi         resim.py's Precise RoI Pooling against torchvision's RoIAlign, forward and backward
 """
 
 import argparse
@@ -15,8 +17,11 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import roi_align
 
 import common
+import resim
 import setsim
 
 
@@ -71,21 +76,54 @@ def set_loss(repeat):
     )
 
 
-def iteration(repeat, arch, size, batch):
+VARIANTS = {  # name: script, flags; each against the first
+    "setsim": {
+        "MoCo-v2": (setsim, "--matcher none"),
+        "SetSim": (setsim, ""),
+        "SetSim + Geo": (setsim, "--geometry 0.5"),
+    },
+    "resim": {
+        "MoCo-v2": (setsim, "--matcher none"),
+        "ReSim-C4": (resim, "--levels c4"),
+        "ReSim-FPN": (resim, ""),
+        "official FPN": (resim, "--preset official"),
+    },
+}
+
+
+def crops(batch, size):
+    """(2, batch, 4): two random crops each of images of 1.5 times the views' size, in pixels."""
+    image = torch.empty(3, size * 3 // 2, size * 3 // 2)
+    boxes = []
+    with common.drawing("bench"):
+        for _ in range(2 * batch):
+            top, left, h, w = setsim.transforms.RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3))
+            boxes.append([left, top, left + w, top + h])
+    return torch.tensor(boxes, dtype=torch.float32).view(2, batch, 4)
+
+
+def multiply_adds(encoder, size):
+    """Of one view's forward pass, counted by PyTorch on a copy without storage."""
+    with FlopCounterMode(display=False) as counter:
+        encoder.to("meta")(torch.zeros(2, 3, size, size, dtype=torch.uint8, device="meta"))
+    return counter.get_total_flops() / 4
+
+
+def iteration(repeat, arch, size, batch, variants):
     """Forward, backward and step of each variant in turn, on random views."""
-    world, steps = common.World(0, 1, 0, torch.device("cpu")), {}
+    world, steps, shares = common.World(0, 1, 0, torch.device("cpu")), {}, {}
     rng = torch.Generator().manual_seed(0)
     views = torch.randint(0, 256, (2, batch, 3, size, size), generator=rng, dtype=torch.uint8)
-    windows = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(batch, 1)
-    variants = {"MoCo-v2": "--matcher none", "SetSim": "", "SetSim + Geo": "--geometry 0.5"}
-    for name, flags in variants.items():
-        common_flags = f"--data x --arch {arch} --size {size} --batch-size {batch} {flags}"
-        method = setsim.build(setsim.get_args(common_flags.split()), world)
+    places = crops(batch, size)
+    for name, (script, flags) in variants.items():
+        args = script.get_args(f"--data x --arch {arch} --size {size} --batch-size {batch} {flags}".split())
+        shares[name] = multiply_adds(script.build(args, world).query, size)
+        method = script.build(args, world)
         optimizer = torch.optim.SGD(method.query.parameters(), 0.01, momentum=0.9)
 
         def step(method=method, optimizer=optimizer):
             started = time.perf_counter()
-            loss, _ = method(method.query, views[0], views[1], windows, windows, 0)
+            loss, _ = method(method.query, views[0], views[1], *places, 0)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -101,25 +139,59 @@ def iteration(repeat, arch, size, batch):
         ratios = [a / b for a, b in zip(values, seconds["MoCo-v2"], strict=True)]
         print(
             f"{name:13} {statistics.median(values):.2f} s an iteration, {statistics.median(ratios):.3f} of MoCo-v2's "
-            f"({min(ratios):.3f} to {max(ratios):.3f}), n {repeat}, batch {batch}, {arch}, {size} pixels, fp32"
+            f"({min(ratios):.3f} to {max(ratios):.3f}), multiply-adds {shares[name] / shares['MoCo-v2']:.3f}; "
+            f"n {repeat}, batch {batch}, {arch}, {size} pixels, fp32"
         )
+
+
+def prroi(repeat):
+    """32 images, all windows of each level's views at their places in the key views; 128 channels, as in training."""
+    for name, side, stride, window, step in (("C4, P4", 14, 16, 48, 32), ("P3", 28, 8, 32, 24)):
+        feature = torch.randn(32, 128, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
+        boxes = list(resim.region_pairs(*crops(32, 224), 224, window, step).boxes_k)
+
+        def run(pool, feature=feature, boxes=boxes, stride=stride):
+            started = time.perf_counter()
+            pooled = pool(feature, boxes, stride)
+            forward = time.perf_counter() - started
+            pooled.square().sum().backward()
+            return forward, time.perf_counter() - started
+
+        pools = {
+            "prroi_pool": lambda f, b, s: resim.prroi_pool(f, b, 1, 1 / s),
+            "roi_align": lambda f, b, s: roi_align(f, b, 1, 1 / s, aligned=True),
+        }
+        rounds = {which: [] for which in pools}
+        for _ in range(repeat + 1):
+            for which, pool in pools.items():
+                rounds[which].append(run(pool))
+        for what, column in (("forward", 0), ("forward and backward", 1)):
+            ours, theirs = ([r[column] for r in rounds[which][1:]] for which in pools)  # the first one warms up
+            ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+            print(
+                f"{name}, {len(boxes)} x {len(boxes[0])} boxes, {what}: prroi_pool {1e3 * statistics.median(ours):.1f} ms, "
+                f"roi_align {1e3 * statistics.median(theirs):.1f} ms; roi_align / prroi_pool "
+                f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f}), n {repeat}"
+            )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("set-loss", "iteration"))
+    parser.add_argument("what", choices=("set-loss", "prroi", *VARIANTS))
     parser.add_argument("--repeat", type=int, default=5, help="rounds; medians and ranges are over them")
-    parser.add_argument("--arch", default="resnet50", help="of 'iteration'")
-    parser.add_argument("--size", type=int, default=224, help="of 'iteration': side of a view")
-    parser.add_argument("--batch", type=int, default=32, help="of 'iteration': images")
+    parser.add_argument("--arch", default="resnet50", help="of an iteration")
+    parser.add_argument("--size", type=int, default=224, help="of an iteration: side of a view")
+    parser.add_argument("--batch", type=int, default=32, help="of an iteration: images")
     parser.add_argument("--only", choices=("ours", "dense"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
         print(json.dumps(one_set_loss(args.only)))
     elif args.what == "set-loss":
         set_loss(args.repeat)
+    elif args.what == "prroi":
+        prroi(args.repeat)
     else:
-        iteration(args.repeat, args.arch, args.size, args.batch)
+        iteration(args.repeat, args.arch, args.size, args.batch, VARIANTS[args.what])
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ import json
 import math
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
 import typing
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,6 +66,15 @@ def signal_after(script, *flags, line, number, processes=0):
         os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=100)
     return process.returncode, output
+
+
+@pytest.fixture(autouse=True)
+def keep_signals():
+    """main() takes SIGTERM and Ctrl-C over; tests give them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def log_lines(folder):

@@ -456,7 +456,7 @@ def test_curves_are_drawn(tmp_path):
 WORKER = """
 import sys, torch
 sys.path.insert(0, {root!r})
-import common, setsim
+import common, {script} as script
 torch.set_num_threads(1)
 world = common.start_processes()
 share = 16 // world.size
@@ -470,18 +470,18 @@ assert torch.equal(common.unshuffle(dealt, permutation), x[mine])
 assert common.agree(world.rank, 1) == [sum(range(world.size)), world.size]
 assert common.mean_over_processes(torch.tensor([world.rank * 2.0])).item() == world.size - 1
 
-flags = "--data x --arch resnet18 --size 64 --batch-size 16 --group-size 4 --queue-size 24 --dim 16 --symmetric --geometry 0.5 --lr 0.5"
-args = setsim.get_args(flags.split())
-method = setsim.build(args, world).double()
+flags = "--data x --arch resnet18 --size 64 --batch-size 16 --group-size 4 --queue-size 24 --dim 16 --lr 0.5 {flags}"
+args = script.get_args(flags.split())
+method = script.build(args, world).double()
 torch.Tensor.float = torch.Tensor.double  # rounding would hide small differences
 network = method.query if world.size == 1 else torch.nn.parallel.DistributedDataParallel(method.query)
 optimizer = torch.optim.SGD(method.query.parameters(), 0.05, momentum=0.9)
-setsim.common.normalise, normal = (lambda images: normal(images).double()), common.normalise
+script.common.normalise, normal = (lambda images: normal(images).double()), common.normalise
 rng = torch.Generator().manual_seed(0)
 for step in range(2):
     views = torch.randint(0, 256, (2, 16, 3, 8, 8), generator=rng, dtype=torch.uint8).repeat_interleave(8, 3).repeat_interleave(8, 4)
-    windows = torch.rand(2, 16, 4, generator=rng, dtype=torch.float64)
-    loss, values = method(network, views[0][mine], views[1][mine], windows[0][mine], windows[1][mine], step, world.rank)
+    places = torch.rand(2, 16, 4, generator=rng, dtype=torch.float64) {places}
+    loss, values = method(network, views[0][mine], views[1][mine], places[0][mine], places[1][mine], step, world.rank)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -493,9 +493,26 @@ if world.size > 1: torch.distributed.destroy_process_group()
 """
 
 
-def test_one_process_equals_two(tmp_path):
-    """Weights, gradients, queues, logged values: 16 images in one process or 8 in each of two, groups of 4, two steps."""
-    (tmp_path / "worker.py").write_text(WORKER.format(root=str(ROOT), out=str(tmp_path)))
+CROPS = "* 40 + torch.tensor([0, 0, 80, 80])"  # in pixels, for resim.py
+WINDOWS = "--window 16 12 --stride 16 12"
+
+
+@pytest.mark.parametrize(
+    "script, flags, places",
+    [
+        ("setsim", "--symmetric --geometry 0.5", ""),
+        ("resim", WINDOWS, CROPS),
+        ("resim", f"{WINDOWS} --preset official", CROPS),
+    ],
+    ids=["setsim", "resim", "resim official"],
+)
+def test_one_process_equals_two(script, flags, places, tmp_path):
+    """Weights, gradients, queues, logged values: 16 images in one process or 8 in each of two, groups of 4, two steps.
+
+    ReSim's P4 negatives are gathered over both, P3's are the group's own.
+    """
+    code = WORKER.format(root=str(ROOT), out=str(tmp_path), script=script, flags=flags, places=places)
+    (tmp_path / "worker.py").write_text(code)
     runs = [
         subprocess.Popen(command(tmp_path / "worker.py", processes=n), stderr=subprocess.PIPE, text=True)
         for n in (0, 2)
@@ -511,4 +528,4 @@ def test_one_process_equals_two(tmp_path):
             if not name.startswith(("std", "positives")):  # a spread and a ratio within each process
                 assert other[2][name] == pytest.approx(value, rel=1e-7)
     assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])  # ranks agree bitwise
-    assert one[0]["image_queue.pointer"].item() == 2 * 2 * 16 % 24
+    assert one[0]["image_queue.pointer"].item() == 2 * (2 if "symmetric" in flags else 1) * 16 % 24

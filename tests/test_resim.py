@@ -395,11 +395,12 @@ def test_neighbourhoods_against_a_loop(kernel):
 @pytest.mark.parametrize("preset", ["official", "paper"])
 def test_pyramid_against_torchvision(side, preset):
     """The exported convolutions in torchvision's FPN over C2..C5 give the same P4 and P3."""
-    method, _ = tiny("--preset", preset)
-    encoder = method.query
-    maps = [torch.randn(2, w, s, s) for w, s in zip(encoder.trunk.widths[1:], side, strict=True)]
+    encoder = tiny("--preset", preset)[0].query.double()
+    rng = torch.Generator().manual_seed(0)
+    sizes = zip(encoder.trunk.widths, (40, *side), strict=True)
+    lowest, *maps = (torch.randn(2, w, s, s, generator=rng, dtype=torch.float64) for w, s in sizes)
     merged = encoder.pyramid(*maps)
-    fpn = FeaturePyramidNetwork(encoder.trunk.widths, 256)
+    fpn = FeaturePyramidNetwork(encoder.trunk.widths, 256).double()
     result = fpn.load_state_dict(resim.fpn_weights(encoder), strict=False)
     assert result.unexpected_keys == []
     left = {"inner_blocks.0", "layer_blocks.0", "layer_blocks.3"} | (
@@ -410,7 +411,7 @@ def test_pyramid_against_torchvision(side, preset):
         for block in fpn.layer_blocks:
             nn.init.dirac_(block[0].weight)
             nn.init.zeros_(block[0].bias)
-    want = fpn({str(i): x for i, x in enumerate([torch.randn(2, encoder.trunk.widths[0], 40, 40), *maps])})
+    want = fpn({str(i): x for i, x in enumerate([lowest, *maps])})
     for name, level in (("p4", "2"), ("p3", "1")):
         got = encoder.region_heads[name](merged[name]) if preset == "official" else merged[name]
         torch.testing.assert_close(got, want[level])

@@ -12,20 +12,21 @@ import subprocess
 import pytest
 import torch
 import torchvision
-from helpers import TINY, assert_same, checkpoint, command, log_lines, run, signal_after, write_images
+from helpers import (
+    TINY,
+    assert_same,
+    checkpoint,
+    command,
+    keep_signals,  # noqa: F401
+    log_lines,
+    run,
+    signal_after,
+    write_images,
+)
 from PIL import Image
 
 import common
 import setsim
-
-
-@pytest.fixture(autouse=True)
-def keep_signals():
-    """main() takes SIGTERM and Ctrl-C over; tests give them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def train(*flags):
