@@ -752,7 +752,7 @@ class ReSimMoCo(nn.Module):
         q, k = F.normalize(query.image.float(), dim=1), F.normalize(key.image.float(), dim=1)  # (B, D)
         image_loss = image_contrastive_loss(q, k, self.image_queue.vectors, self.temperature)
         values = {"loss_image": image_loss.detach(), "std_image": q.detach().std(0, correction=0).mean()}
-        # 5. compare the regions, level by level (OFFICIAL: R13. The levels' losses are added; R23. tau is shared)
+        # 5. compare the regions, level by level (OFFICIAL: R13, R23. Their losses are added, tau is shared)
         region_loss = 0
         for level, map_q, map_k in zip(self.levels, query.maps, key.maps, strict=True):
             pairs = region_pairs(crop_q, crop_k, self.size, level.window, level.step)

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import importlib
 import re
 import shlex
 import sys
@@ -10,12 +11,14 @@ import pytest
 import torch
 from helpers import ROOT, log_lines, run, write_images
 
-import setsim
+import common
+import resim
 from common import ResNetTrunk
 
 README = (ROOT / "README.md").read_text()
 METHODS = [name for name in ("setsim.py", "resim.py", "d3ssl.py") if (ROOT / name).exists()]
 SOURCES = {path: path.read_text() for path in (ROOT / name for name in (*METHODS, "common.py"))}
+PICTURES = {"setsim.py": "matches_end.png", "resim.py": "regions_end.png"}
 
 
 def commands():
@@ -29,44 +32,58 @@ def commands():
     return found
 
 
-def flags_of(words):
-    return words[next(i for i, word in enumerate(words) if word.endswith(tuple(METHODS))) + 1 :]
+def script_and_flags(words):
+    """("setsim.py", [...]) of a command."""
+    place = next(i for i, word in enumerate(words) if word.endswith(tuple(METHODS)))
+    return words[place].split("/")[-1], words[place + 1 :]
+
+
+def module(script):
+    return importlib.import_module(script.removesuffix(".py"))
+
+
+def section(method):
+    """The part of the README that maps one paper to commands."""
+    return re.split(r"^## ", README.split(f"## From the paper to commands: {method}\n")[1], flags=re.M)[0]
 
 
 def test_every_command_of_the_readme_parses():
-    assert len(commands()) > 40
+    assert len(commands()) > 90
     for words in commands():
-        setsim.get_args(flags_of(words))  # raises for an unknown flag or a setting that makes no sense
+        script, flags = script_and_flags(words)
+        module(script).get_args(flags)  # raises for an unknown flag or a setting that makes no sense
 
 
-def test_the_map_has_every_row_of_the_paper():
-    titles = [
-        row.split("|")[1].strip() for row in README.splitlines() if row.startswith(("| Table", "| Figure", "| A.2"))
-    ]
-    rows = {
-        "Table 1": 4,
-        "Table 2": 9,
-        "Table 3": 5,
-        "Table 4": 5,
-        "Table 5": 11,
-        "Table 6": 8,
-        "Table 7": 8,
-        "Table 8": 8,
-        "Table 9": 7,
-    }
-    for table, count in rows.items():
-        assert sum(title.startswith(table) for title in titles) == count, table
-    for number in range(3, 10):
-        assert any(title.startswith(f"Figure {number}") for title in titles)
-    assert sum(title.startswith("A.2") for title in titles) == 2 and "Figures 1 and 2, idea and architecture" in titles
+def titles(method):
+    return [row.split("|")[1].strip() for row in section(method).splitlines() if row.startswith("| ")]
 
 
-def test_the_map_gives_each_row_the_flags_it_names():
-    for row in README.splitlines():
-        command = re.search(r"`setsim\.py (--data[^`]*)`", row)
-        if not row.startswith("| ") or not command:
-            continue
-        args, title = setsim.get_args(shlex.split(command[1])), row.split("|")[1].strip()
+ROWS = {
+    "SetSim": {"Table 1": 4, "Table 2": 9, "Table 3": 5, "Table 4": 5, "Table 5": 11, "Table 6": 8, "Table 7": 8, "Table 8": 8,
+               "Table 9": 7, "A.2": 2, **{f"Figure {n}": 1 for n in range(3, 10)}, "Figures 1 and 2": 1},
+    "ReSim": {"Table 1": 4, "Table 2": 4, "Table 3a": 5, "Table 3b": 5, "Section 4.1": 1, "Table 4": 14, "Section 4.2": 2, "Table 5": 9,
+              "Table 6, DensePose": 5, "Table 6, Cityscapes": 5, "Table 7": 1, "A.2": 2, "Figures 1 and 2": 1, "Figure 3": 1,
+              "Figure 4": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_the_map_has_every_row_of_the_paper(method):
+    for start, count in ROWS[method].items():
+        assert sum(title.startswith(start) for title in titles(method)) == count, start
+
+
+def mapped(method):
+    """(title, script, settings, row) of each row that trains something."""
+    for row in section(method).splitlines():
+        command = re.search(r"`((?:setsim|resim)\.py) (--data[^`]*)`", row)
+        if row.startswith("| ") and command:
+            yield row.split("|")[1].strip(), command[1], module(command[1]).get_args(shlex.split(command[2])), row
+
+
+def test_the_map_gives_each_row_of_setsim_the_flags_it_names():
+    for title, script, args, row in mapped("SetSim"):
+        assert script == "setsim.py"
         if title.startswith(("Table", "A.2")):
             assert args.epochs == (100 if title[:7] in ("Table 1", "Table 2", "Table 3") else 200)
             assert row.rstrip("| ").endswith("not run")
@@ -81,37 +98,77 @@ def test_the_map_gives_each_row_the_flags_it_names():
             assert args.symmetric and args.geometry == 0.5 and args.matcher == "set2set-nn"
 
 
+def test_the_map_gives_each_row_of_resim_the_flags_it_names():
+    count = 0
+    for title, script, args, row in mapped("ReSim"):
+        if not title.startswith(("Table", "Section", "A.2")):
+            continue
+        small = title.startswith(("Table 1", "Table 2", "Table 3", "Section 4.1"))  # IN-100
+        assert args.data == ("/in100" if small else "/imagenet") and row.rstrip("| ").endswith("not run")
+        assert args.epochs == (500 if small else 400 if "400 ep" in title else 200)
+        assert (args.framework == "simsiam") == ("SimSiam" in title)
+        if args.framework == "moco":
+            assert args.queue_size == (16384 if small else 65536)
+        if title.endswith((", MoCo-v2", ", SimSiam")):
+            assert script == "setsim.py" and args.matcher == "none"
+            continue
+        assert script == "resim.py" and args.levels == ("fpn" if "FPN" in title else "c4")
+        assert args.preset == ("official" if "FPN^T" in title else "paper")
+        assert args.pool == ("roi_align" if "RoI Align" in title else "prroi")
+        match = re.search(r"W(\d+)-S(\d+)", title)
+        if args.levels == "c4":
+            assert (args.window, args.stride) == (([int(match[1])], [int(match[2])]) if match else ([48], [32]))
+        count += 1
+    assert count == 26
+
+
 IN_BLOCKS = [words for words in commands() if words[0] in (".venv/bin/python", "python", "torchrun")]
+IN_BLOCKS = [words for i, words in enumerate(IN_BLOCKS) if words not in IN_BLOCKS[:i]]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", IN_BLOCKS, ids=" ".join)
 def test_commands_of_the_readme_run(words, tmp_path, monkeypatch):
     """The commands in code blocks for three steps; folders that a test has not are replaced, and made small."""
-    flags = [*flags_of(words), "--steps", "3", "--output-dir", str(tmp_path / "run")]
+    script, flags = script_and_flags(words)
+    flags = [*flags, "--steps", "3", "--output-dir", str(tmp_path / "run")]
     if "--demo" in flags:
         processes = int(words[words.index("--nproc_per_node") + 1]) if words[0] == "torchrun" else 0
-        run("setsim.py", *flags, processes=processes)
+        run(script, *flags, processes=processes)
     else:
         folder = write_images(tmp_path / "images", 16)
         weights = ResNetTrunk("resnet18").state_dict()
         monkeypatch.setattr("common.load_backbone", lambda source, arch: (weights, f"{source}"))  # imagenet: offline
         flags[flags.index("--data") + 1] = str(folder)
-        setsim.main([*flags, *"--arch resnet18 --size 64 --batch-size 8 --workers 0".split()])
+        module(script).main([*flags, *"--arch resnet18 --size 64 --batch-size 8 --workers 0".split()])
     lines = log_lines(tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == [3] and lines[-1]["probe"]["hits"] >= 0
-    assert (tmp_path / "run" / "matches_end.png").exists()
+    assert (tmp_path / "run" / PICTURES[script]).exists()
 
 
 def test_python_of_the_readme_runs(tmp_path, monkeypatch):
-    """The lines that load a backbone into torchvision, on a file with that name."""
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    (tmp_path / "runs" / "setsim").mkdir(parents=True)
-    torch.save(ResNetTrunk("resnet50").state_dict(), tmp_path / "runs" / "setsim" / "resnet50.pth")
+    """The lines that load weights into torchvision, and ours into the released layout, on files with those names."""
+    torchvision_alone, detector, released = re.findall(r"```python\n(.*?)```", README, re.S)
+    args = resim.get_args(["--data", "x", "--preset", "official", "--queue-size", "8"])
+    method = resim.build(args, common.World(0, 1, 0, torch.device("cpu")))
+    for folder in ("setsim", "resim"):
+        (tmp_path / "runs" / folder).mkdir(parents=True)
+        for name, weights in resim.exports(args, method).items():
+            torch.save(weights, tmp_path / "runs" / folder / name)
+    torch.save({"model": method.state_dict()}, tmp_path / "runs" / "resim" / "checkpoint.pth")
     monkeypatch.chdir(tmp_path)
     printed = []
-    exec(block, {"print": printed.append})
+    for block in (torchvision_alone, detector, released):
+        exec(block, {"print": printed.append})
     assert printed[0].missing_keys == ["fc.weight", "fc.bias"] and printed[0].unexpected_keys == []
+    assert len(printed[1].missing_keys) == 6 and printed[1].unexpected_keys == []
+    state = torch.load("resim_fpn.pth.tar")["state_dict"]
+    assert "module.encoder_q.fpn_output3.weight" in state and state["module.queue"].shape == (128, 8)
+
+
+def test_in100_is_a_list_of_a_hundred_classes():
+    names = re.findall(r"\bn\d{8}\b", README)
+    assert len(names) == len(set(names)) == 100
 
 
 def test_test_command_is_what_the_gate_runs():
@@ -132,24 +189,44 @@ def test_tags_and_table_name_each_other():
     assert tagged == rows, f"only in code {tagged - rows}, only in README {rows - tagged}"
 
 
-def test_every_equation_of_the_paper_has_its_tag():
-    source = SOURCES[ROOT / "setsim.py"]
-    for number in range(1, 10):
-        assert re.search(rf"PAPER:[^\n]*Eq\. {number}\b", source) or re.search(
-            rf"PAPER: Eqs?\. [\d-]*{number}\b", source
-        ), number
+@pytest.mark.parametrize("script, equations", [("setsim.py", 9), ("resim.py", 5)])
+def test_every_equation_of_the_paper_has_its_tag(script, equations):
+    for number in range(1, equations + 1):
+        assert re.search(rf"PAPER:[^\n]*(Eq\. {number}\b|Eqs\. [\d and-]*\b{number}\b)", SOURCES[ROOT / script]), number
+
+
+REPEATED = "NegativeLogSumExp negative_logsumexp image_contrastive_loss image_cosine_loss cell_centres".split()
+REPEATED += "correspondence_accuracy fit_batch_and_queue main FREE".split()
+
+
+def definition(script, name):
+    """The syntax tree of a top-level function, class or constant, without docstrings."""
+    for node in ast.parse(SOURCES[ROOT / script]).body:
+        if getattr(node, "name", None) == name or isinstance(node, ast.Assign) and node.targets[0].id == name:
+            for inner in ast.walk(node):
+                if isinstance(inner, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(inner):
+                    inner.body = inner.body[1:]
+            return ast.dump(node)
+    raise AssertionError(f"{script}: no {name}")
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_blocks_repeated_on_purpose_are_equal(name):
+    """What the methods share and a reader wants to see in each file: the same code, whatever its comments say."""
+    assert definition("resim.py", name) == definition("setsim.py", name)
 
 
 @pytest.mark.parametrize("script", METHODS)
 def test_no_dead_flags(script):
     """Every flag is read somewhere after parsing (in the script, not only in its checks)."""
     source = SOURCES[ROOT / script]
-    after = source[source.index("# Views:") :]
-    parser_source = source[: source.index("# Views:")]
-    names = [name[2:].replace("-", "_") for name in re.findall(r'flag\("(--[a-z-]+)"', parser_source)]
+    names = [name[2:].replace("-", "_") for name in re.findall(r'flag\("(--[a-z-]+)"', source)]
     assert 25 <= len(names) <= 36
+    for node in ast.parse(source).body:
+        if getattr(node, "name", None) in ("get_args", "check_args"):
+            source = source.replace(ast.get_source_segment(source, node) or "", "")
     for name in names:
-        assert f"args.{name}" in after, name
+        assert f"args.{name}" in source, name
 
 
 @pytest.mark.parametrize("script", METHODS)
@@ -158,7 +235,7 @@ def test_help_says_something_about_every_flag(script, capsys, monkeypatch):
     seen = []
     original = argparse.ArgumentParser.parse_args
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *a: seen.append(self) or original(self, *a))
-    setsim.get_args(["--demo"])
+    module(script).get_args(["--demo"])
     for action in seen[0]._actions:
         assert action.help and len(action.help) > 8, action.option_strings
 
