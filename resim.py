@@ -339,7 +339,7 @@ def bin_weights(start, end, bins, samples):
         (R, bins, samples)
     """
     edge = torch.linspace(0, 1, bins + 1, dtype=start.dtype, device=start.device)
-    edges = torch.lerp(start[:, None], torch.maximum(start, end)[:, None], edge)  # (R, bins + 1)
+    edges = torch.lerp(start[:, None], end[:, None], edge)  # (R, bins + 1)
     length = (edges[:, 1:] - edges[:, :-1])[..., None]  # (R, bins, 1)
     integrals = hat_integrals(edges[:, :-1], edges[:, 1:], samples)  # (R, bins, samples)
     return torch.where(length > 0, integrals / length.where(length > 0, 1), 0)
@@ -541,11 +541,8 @@ class SimSiamEncoder(nn.Module):
         for level, b, v in zip(self.levels, boxes, valid, strict=True):
             vectors = pool_regions(maps[level.name], b, level.stride, self.operator)  # (B, A, C)
             rows = vectors[v]  # (R, C) AMBIGUOUS: R22. The others stay out of the batch statistics.
-            if not len(rows):  # zeros in their place: every parameter gets its gradient, every process its collectives
-                rows = vectors.flatten(0, 1)[:2] * 0
             projected = self.region_projectors[level.name](rows)  # (R, E)
-            predicted = self.region_predictors[level.name](projected)  # (R, E)
-            regions.append((projected[: v.sum()], predicted[: v.sum()]))
+            regions.append((projected, self.region_predictors[level.name](projected)))
         return Predicted(projection, self.predictor(projection), tuple(regions))
 
     def forward(self, view_q, view_k, pairs):
