@@ -490,11 +490,11 @@ class ResNetTrunk(nn.Module):
             if name not in ("avgpool", "fc"):
                 self.add_module(name, module)
 
-    def forward(self, x):
-        """(N, 3, H, W), normalised -> [C2, C3, C4, C5], each after its ReLU, at strides 4, 8, 16, 32."""
+    def forward(self, x, stages=4):
+        """(N, 3, H, W), normalised -> [C2, C3, C4, C5], each after its ReLU, at strides 4, 8, 16, 32; or the first few."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         maps = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[:stages]:
             x = stage(x)
             maps.append(x)
         return maps
@@ -510,20 +510,22 @@ def normalise(images):
     return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def encode_in_groups(encode, images, group_size):
+def encode_in_groups(encode, group_size, *inputs):
     """Apply `encode` to groups of consecutive images one after the other, so that batch norm works per group.
 
     DEVIATION: B15. A paper's GPU holds 32 images, and batch statistics are its own. Groups of 32 give the same whatever
     the number of processes: one process with 64 images equals two with 32.
 
     Args:
-        encode: function of (n, ...) that returns a tuple of tensors with n rows.
-        images: (N, ...). group_size: at most so many in a group; all groups of a batch are equal to within one image.
+        encode: function of n rows of each input that returns a tuple of tensors with n rows.
+        group_size: at most so many images in a group; all groups of a batch are equal to within one image.
+        inputs: (N, ...) each: images, and what belongs to them.
     Returns:
         tuple of tensors with N rows.
     """
-    groups = images.tensor_split(math.ceil(len(images) / group_size))
-    return tuple(torch.cat(parts) for parts in zip(*(encode(group) for group in groups), strict=True))
+    parts = math.ceil(len(inputs[0]) / group_size)
+    groups = zip(*(x.tensor_split(parts) for x in inputs), strict=True)
+    return tuple(torch.cat(parts) for parts in zip(*(encode(*group) for group in groups), strict=True))
 
 
 @torch.no_grad()

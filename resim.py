@@ -13,15 +13,17 @@ pooled over the window in both are pulled together, and pushed from all other re
                          |                    |           as above, momentum copies                  |                 |
                          +--crop, colour--> view k --f'-----------------------> P4, P3 --g'-> map k -+                 |
                                                           C5 --mean, MLP--> k, into a queue ---------------------------+
-    ReSim-C4 (--levels c4) has no top-down path: g works on C4. Negatives of regions: all 3x3 neighbourhoods of map k.
+    ReSim-C4 (--levels c4) has no top-down path: g works on C4. Negatives of regions: all neighbourhoods, as large as a
+    window, of map k of all images (C4, P4) or of an image's group (P3).
 
     B images of this process    C channels of a map    H, W its cells    D embedding (128)    K queue    q, k query, key
-    A windows of a view (36 on C4 and P4, 64 on P3)    R of them valid   M negative regions   m EMA      tau temperature
+    A windows of a view (36 on C4 and P4, 64 on P3)    R regions, those of all images that are valid     m EMA
+    M negative regions, H' x W' of them an image       E width of a SimSiam head      S = H W    tau temperature
 
     python resim.py --demo                                     a laptop, minutes, nothing to download
     torchrun --nproc_per_node 8 resim.py --data /imagenet      ReSim-FPN: Table 4's 59.2 AP
     ... --levels c4                                            ReSim-C4: Table 4's 58.7 AP
-    ... --levels c4 --framework simsiam                        Table 2's SimSiam + ReSim-C4
+    ... --data /in100 --epochs 500 --levels c4 --framework simsiam      Table 2's SimSiam + ReSim-C4
 
 What was measured with this file, and what was not run, stands in README.md; tags PAPER, OFFICIAL (the released code of
 ReSim-FPN on MoCo-v2, Tete-Xiao/ReSim b6a36ee), DEVIATION and AMBIGUOUS name rows of its table of decisions.
@@ -48,13 +50,11 @@ from common import UserError, print0
 # Settings: every default is the paper's (section 4, "Training", and Table 7), for ReSim-FPN on MoCo-v2
 # ======================================================================================================================
 
-SIMSIAM = dict(lr=0.1)  # PAPER: Table 7. AMBIGUOUS: R21. Twice what SimSiam's own rule gives.
+SIMSIAM = dict(lr=0.1)  # PAPER: Table 7. DEVIATION: R21. Twice what SimSiam's own rule gives.
 DEMO = dict(
     data="scenes", arch="resnet18", size=136, batch_size=64, epochs=3, lr=0.6, queue_size=512, ema=0.99, temperature=0.1
 )
-
-
-PYRAMID = 256  # channels of P3..P5, as in Lin et al. and in every detector that takes them over
+PYRAMID = 256  # channels of P3..P5, OFFICIAL: R16, as in every detector that takes them over
 
 
 class Level(NamedTuple):
@@ -77,11 +77,12 @@ class Level(NamedTuple):
 
     @property
     def kernel(self):
-        """Side in cells of the neighbourhoods that are negatives. OFFICIAL: R9, R26. A window's, but 3 on P3."""
-        return 3 if self.stride == 8 else max(1, round(self.window / self.stride))
+        """Side in cells of the neighbourhoods that are negatives. OFFICIAL: R9. 3 on P3. AMBIGUOUS: R26. A window's, halves
+        up, elsewhere."""
+        return 3 if self.name == "p3" else max(1, int(self.window / self.stride + 0.5))
 
 
-# PAPER: section 3.4. OFFICIAL: R18. ReSim-C4 compares on C4 alone.
+# PAPER: section 3.4. AMBIGUOUS: R18. ReSim-C4 compares on C4 alone.
 LEVELS = {
     "c4": [Level("c4", 16, 48, 32, gathered=True)],
     "fpn": [Level("p4", 16, 48, 32, gathered=True), Level("p3", 8, 32, 24, gathered=False)],
@@ -111,7 +112,7 @@ def get_args(argv=None):
     # the encoder and its images
     flag("--arch", default="resnet50", choices=common.ARCHS, help="torchvision ResNet")
     flag("--size", default=224, type=int, help="side of a view in pixels; C4 has size/16 cells a side, rounded up")
-    flag("--init", default=None, metavar="FILE", help="start from these weights: any checkpoint with a ResNet in it, or 'imagenet'; with --preset official a released one whole")
+    flag("--init", default=None, metavar="FILE", help="start from these weights: any checkpoint with a ResNet in it, or 'imagenet'; with --preset official the whole query network of a released one")
     flag("--group-size", default=32, type=int, help="images whose batch statistics, means and P3 negatives are taken together, as on one of the paper's GPUs")
     # optimisation
     flag("--epochs", default=200, type=int, help="the schedule's length; IN-100: 500")
@@ -131,10 +132,7 @@ def get_args(argv=None):
     # fmt: on
     args, given = parser.parse_args(argv), common.given_flags(parser, argv)
 
-    chosen = dict(SIMSIAM) if args.framework == "simsiam" else {}
-    chosen |= DEMO if args.demo else {}
-    if args.demo and args.framework == "simsiam":
-        chosen |= SIMSIAM
+    chosen = (DEMO if args.demo else {}) | (SIMSIAM if args.framework == "simsiam" else {})
     for name, value in chosen.items():
         if name not in given:
             setattr(args, name, value)
@@ -359,10 +357,11 @@ def prroi_pool(input, boxes, output_size, spatial_scale=1.0):
         mean = sum_ij input[i, j] wy[i] wx[j],        wx[j] = 1 / (x1 - x0) * integral of hat(x - j) from x0 to x1
 
     and pooling all boxes of all images is one einsum. An average over a bin of one cell, say [2, 3] x [5, 6], is
-    the average of the 2 x 2 samples at its corners. A box of 3 cells at a whole coordinate weighs 1/6, 1/3, 1/3, 1/6:
-    it reaches half a cell further than RoIAlign's, which puts samples at the centres of cells.
+    the average of the 2 x 2 samples at its corners. A box of 3 cells at a whole coordinate weighs four samples by 1/6,
+    1/3, 1/3, 1/6, where RoIAlign, which takes sample j for the centre of cell j, weighs the first three by 1/3: its centre
+    lies half a cell further to the lower right, and it reaches half a cell further to both sides of it (R11).
 
-    Made for many boxes on small maps: costs (and, but for the channels, holds) boxes x outputs x H x W x C.
+    Made for many boxes on small maps: costs N x L x outputs x H x W x C, L boxes in the image that has most.
 
     Args:
         input: (N, C, H, W), any floating type; computed in fp32 at least, whatever autocast says.
@@ -371,10 +370,17 @@ def prroi_pool(input, boxes, output_size, spatial_scale=1.0):
         output_size: int or (rows, columns). spatial_scale: from the boxes' coordinates to the map's, e.g. 1 / 16.
     Returns:
         (R, C, rows, columns)
+    Errors:
+        ValueError: boxes of another shape, or a list of another length than N.
     """
     rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
     N, _, H, W = input.shape
-    if isinstance(boxes, torch.Tensor):
+    tensor = isinstance(boxes, torch.Tensor)
+    if any(b.dim() != 2 or b.shape[1] != 4 + tensor for b in ([boxes] if tensor else boxes)):
+        raise ValueError("boxes: give a tensor (R, 5), the image's index first, or a list of (L, 4) tensors")
+    if not tensor and len(boxes) != N:
+        raise ValueError(f"boxes: a list of {len(boxes)} for {N} images")
+    if tensor:
         image, boxes = boxes[:, 0].long(), boxes[:, 1:]
     else:
         counts = torch.tensor([len(b) for b in boxes], device=input.device)
@@ -388,7 +394,7 @@ def prroi_pool(input, boxes, output_size, spatial_scale=1.0):
     counts = image.bincount(minlength=N)
     place = torch.empty_like(image)
     place[order] = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image[order]]
-    L = int(counts.max())
+    L = max(counts.tolist(), default=0)
     wy = wy.new_zeros(N, L, rows, H).index_put((image, place), wy)
     wx = wx.new_zeros(N, L, columns, W).index_put((image, place), wx)
     with torch.autocast(input.device.type, enabled=False):
@@ -500,7 +506,7 @@ class Encoder(nn.Module):
 
     def forward(self, view):
         """(B, 3, size, size) uint8 -> Encoded. Batch statistics are per group of images."""
-        image, *maps = common.encode_in_groups(self.encode, view, self.group_size)
+        image, *maps = common.encode_in_groups(self.encode, self.group_size, view)
         return Encoded(image, tuple(maps))
 
 
@@ -526,7 +532,7 @@ class SimSiamEncoder(nn.Module):
         self.trunk = common.ResNetTrunk(arch, zero_init_residual=True)  # OFFICIAL: B16, R27. SimSiam's
         C = self.trunk.widths[-1]
         self.projector, self.predictor = simsiam_heads(C, C)
-        self.pyramid = Pyramid(self.trunk.widths) if levels[0].name == "p4" else None
+        self.pyramid = Pyramid(self.trunk.widths) if "p4" in [level.name for level in levels] else None
         self.region_projectors, self.region_predictors = nn.ModuleDict(), nn.ModuleDict()
         for level in levels:
             E = self.trunk.widths[level.stage]
@@ -630,10 +636,11 @@ def mean_over_regions(values, valid, per_image):
 
 
 def region_contrastive_loss(q, k, valid, negatives, temperature, per_image=True):
-    """PAPER: Eqs. 1 and 2: -log( E_ii / (E_ii + sum_j E_ij) ), E_ij = exp(q_i . k_j / tau), j over the negatives.
+    """PAPER: Eqs. 1 and 2: -log( E_ii / (E_ii + sum_j!=i E_ij + sum_kj E_ij) ), E_ij = exp(q_i . k_j / tau).
 
     DEVIATION: R28. Eq. 2 is printed without its -log.
-    OFFICIAL: R8. Every row sees the same negatives, none masked: the place of its own positive is among them.
+    OFFICIAL: R8. The two sums, over other regions of the same image and over those of other images, are one sum over the
+    same negatives for every row, none masked: the place of its own positive is among them.
 
     Args:
         q, k: (B, A, D), regions and their counterparts. valid: (B, A) bool. negatives: (M, D), without gradient.
@@ -722,8 +729,10 @@ class ReSimMoCo(nn.Module):
         losses = []
         for group in torch.arange(len(q), device=q.device).tensor_split(math.ceil(len(q) / self.query.group_size)):
             negatives = (far if level.gathered else near[group]).flatten(0, 1)  # (M, D)
-            arguments = q[group], k[group], pairs.valid[group], negatives, self.temperature, self.per_image
-            losses.append(region_contrastive_loss(*arguments))
+            valid = pairs.valid[group]
+            losses.append(
+                region_contrastive_loss(q[group], k[group], valid, negatives, self.temperature, self.per_image)
+            )
         loss = torch.stack(losses).mean()
         return loss, {f"loss_{level.name}": loss.detach()} | health(level.name, pairs.valid, q.detach()[pairs.valid])
 
@@ -764,8 +773,9 @@ class ReSimMoCo(nn.Module):
     def see(self, view_q, view_k, crop_q, crop_k):
         """C4 of both views, (B, C, H, W), and [Seen of each level]; batch statistics are these images' together."""
         with self.autocast():
-            stages_q, stages_k = (n.trunk(common.normalise(v)) for n, v in ((self.query, view_q), (self.key, view_k)))
-            (_, *maps_q), (_, *maps_k) = self.query.project(stages_q), self.key.project(stages_k)
+            stages_q, stages_k = self.query.trunk(common.normalise(view_q)), self.key.trunk(common.normalise(view_k))
+            _, *maps_q = self.query.project(stages_q)
+            _, *maps_k = self.key.project(stages_k)
         seen = []
         for level, map_q, map_k in zip(self.levels, maps_q, maps_k, strict=True):
             pairs = region_pairs(crop_q, crop_k, self.size, level.window, level.step)
@@ -795,8 +805,8 @@ class ReSimSimSiam(nn.Module):
         pairs = [pair._replace(valid=pair.valid & (pair.valid.sum() > 1)) for pair in pairs]  # batch norm needs two
         with self.autocast():
             q, k = network(view_q, view_k, pairs)
-        forth, back = ((one.prediction.float(), two.projection.float()) for one, two in ((q, k), (k, q)))  # (B, E)
-        image_loss = (image_cosine_loss(*forth) + image_cosine_loss(*back)) / 2
+        forth = image_cosine_loss(q.prediction.float(), k.projection.float())
+        image_loss = (forth + image_cosine_loss(k.prediction.float(), q.projection.float())) / 2
         image = F.normalize(k.projection.detach().float(), dim=1)
         values = {"loss_image": image_loss.detach(), "std_image": image.std(0, correction=0).mean()}
         region_loss = 0
@@ -872,9 +882,11 @@ def load_init(encoder, source, arch):
     encoder.trunk.load_state_dict(weights)
     print0(line)
     state = {} if source == "imagenet" else common.load_checkpoint_file(source)
-    state = state.get("state_dict", {}) if isinstance(state.get("state_dict", {}), dict) else {}
+    if isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
     names = [f"query.{name}" for name in encoder.state_dict()]
-    if released_name("query.region_heads.p4.weight") in state and "query.region_heads.p4.weight" in names:
+    head = "query.region_heads.p4.weight"  # of --preset official alone
+    if head in names and released_name(head) in state:
         try:
             weights = from_released(state, names)
             encoder.load_state_dict({name.removeprefix("query."): tensor for name, tensor in weights.items()})
@@ -884,7 +896,7 @@ def load_init(encoder, source, arch):
             ) from None
         except RuntimeError as error:
             raise UserError(f"{source}: not of this --dim ({' '.join(str(error).split())[:200]})") from None
-        print0("its projector and its FPN convolutions as well")
+        print0("a released checkpoint: its projector and its FPN convolutions are taken as well")
 
 
 def fpn_weights(network):
@@ -921,8 +933,8 @@ def build(args, world, init=None):
         load_init(encoder, init, args.arch)
     if args.framework == "moco":
         method = ReSimMoCo(
-            encoder, levels, args.size, args.pool, not official, args.dim, args.queue_size, args.ema, args.temperature,
-            args.loss_weight, args.seed, autocast,
+            encoder, levels, args.size, args.pool, per_image=not official, dim=args.dim, queue_size=args.queue_size,
+            ema=args.ema, temperature=args.temperature, loss_weight=args.loss_weight, seed=args.seed, autocast=autocast,
         )  # fmt: skip
     else:
         if world.size > 1 and world.device.type == "cuda":
@@ -999,6 +1011,9 @@ def probe(method, images, args, world, title):
         c4_q, c4_k = (F.normalize(c4.flatten(2), dim=1) for c4 in (c4_q, c4_k))  # (B, C, S)
         hit, chance, n = correspondence_accuracy(c4_q.transpose(1, 2) @ c4_k, crop_q, crop_k, H, W)
         hits, chances, cells = hits + hit * n, chances + chance * n, cells + n
+    for level, (level_pairs, _) in zip(method.levels, seen, strict=True):
+        if not level_pairs.valid.any():
+            print0(f"warning: no window of {level.window} pixels is valid on {level.name.upper()}: it has no loss")
     hits, chances = hits / cells, chances / cells
     where = "held-out scenes" if images.held_out else "fixed crops of the training images"
     print0(
@@ -1084,7 +1099,7 @@ def draw_regions(path, view_q, view_k, crop_q, crop_k, seen, levels):
 NAME = "resim"
 EVERY_LEVEL = ("c4", "p4", "p3")
 CURVES = {
-    "losses": ["loss", "loss_image", "=loss_chance"],
+    "loss of images": ["loss_image", "=loss_chance"],
     "losses of regions": [*(f"loss_{name}" for name in EVERY_LEVEL), *(f"=chance_{name}" for name in EVERY_LEVEL)],
     "std of unit embeddings (collapse: 0)": ["std_image", *(f"std_{name}" for name in EVERY_LEVEL), "=std_spread"],
     "share of windows that are valid": [f"valid_{name}" for name in EVERY_LEVEL],

@@ -243,7 +243,7 @@ class Encoder(nn.Module):
 
     def forward(self, *views):
         """Each view (B, 3, size, size) uint8 -> Encoded. Batch statistics are per group of images of one view."""
-        return [Encoded(*common.encode_in_groups(self.encode, view, self.group_size)) for view in views]
+        return [Encoded(*common.encode_in_groups(self.encode, self.group_size, view)) for view in views]
 
 
 class Predicted(NamedTuple):

@@ -241,11 +241,11 @@ def test_momentum_update_is_the_formula_and_leaves_buffers():
 
 def test_groups_have_their_own_batch_statistics():
     norm, x = torch.nn.BatchNorm1d(4, affine=False), torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
-    (got,) = common.encode_in_groups(lambda group: (norm(group),), x, 5)
+    (got,) = common.encode_in_groups(lambda group: (norm(group),), 5, x)
     for part, group in ((got[:5], x[:5]), (got[5:], x[5:])):
         torch.testing.assert_close(part, (group - group.mean(0)) / (group.var(0, unbiased=False) + norm.eps).sqrt())
     sizes = []
-    common.encode_in_groups(lambda group: (sizes.append(len(group)) or group,), x, 4)
+    common.encode_in_groups(lambda group: (sizes.append(len(group)) or group,), 4, x)
     assert sizes == [4, 3, 3]
 
 

@@ -988,7 +988,7 @@ def test_released_checkpoints_load_into_the_model_and_back(tmp_path, capsys):
         assert torch.equal(network.trunk.layer4[2].conv3.weight, released["module.encoder_q.layer4.2.conv3.weight"])
         assert torch.equal(network.pyramid.laterals["c3"].weight, released["module.encoder_q.fpn_lateral3.weight"])
         assert torch.equal(network.image_head[0].bias, released["module.encoder_q.fc.0.bias"])
-    assert "its projector and its FPN convolutions as well" in capsys.readouterr().out
+    assert "its projector and its FPN convolutions are taken as well" in capsys.readouterr().out
     method = resim.build(resim.get_args(["--data", "x", "--queue-size", "64"]), WORLD, tmp_path / "resim.pth.tar")
     assert torch.equal(method.query.trunk.conv1.weight, released["module.encoder_q.conv1.weight"])
     assert "as well" not in capsys.readouterr().out  # other heads: the backbone alone
