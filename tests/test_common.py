@@ -472,7 +472,7 @@ assert common.mean_over_processes(torch.tensor([world.rank * 2.0])).item() == wo
 
 flags = "--data x --arch resnet18 --size 64 --batch-size 16 --group-size 4 --queue-size 24 --dim 16 --lr 0.5 {flags}"
 args = script.get_args(flags.split())
-method = script.build(args, world).double()
+method = script.build(args, world{total}).double()
 torch.Tensor.float = torch.Tensor.double  # rounding would hide small differences
 network = method.query if world.size == 1 else torch.nn.parallel.DistributedDataParallel(method.query)
 optimizer = torch.optim.SGD(method.query.parameters(), 0.05, momentum=0.9)
@@ -480,8 +480,7 @@ script.common.normalise, normal = (lambda images: normal(images).double()), comm
 rng = torch.Generator().manual_seed(0)
 for step in range(2):
     views = torch.randint(0, 256, (2, 16, 3, 8, 8), generator=rng, dtype=torch.uint8).repeat_interleave(8, 3).repeat_interleave(8, 4)
-    places = torch.rand(2, 16, 4, generator=rng, dtype=torch.float64) {places}
-    loss, values = method(network, views[0][mine], views[1][mine], places[0][mine], places[1][mine], step, world.rank)
+    {iteration}
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -493,25 +492,42 @@ if world.size > 1: torch.distributed.destroy_process_group()
 """
 
 
+TWO_VIEWS = """
+    places = torch.rand(2, 16, 4, generator=rng, dtype=torch.float64) {scale}
+    loss, values = method(network, views[0][mine], views[1][mine], places[0][mine], places[1][mine], step, world.rank)
+"""
+REGIONS = """
+    corner = torch.rand(2, 16, 4, 2, generator=rng, dtype=torch.float64) * 24
+    boxes = torch.cat([corner, corner + 20 + 20 * torch.rand(2, 16, 4, 2, generator=rng, dtype=torch.float64)], 3)
+    keep = torch.rand(2, 16, 64, 64, generator=rng) < 0.7
+    shift = script.shift_range(boxes[1], 64)[0] // 2
+    found = torch.randint(0, 5, (16,), generator=rng)
+    drawn = script.Drawn(*views, *boxes, keep[0], keep[0, :, ::2, ::2], shift, keep[1], found)
+    loss, values = method(network, script.Drawn(*(x[mine] for x in drawn)), step)
+"""
 CROPS = "* 40 + torch.tensor([0, 0, 80, 80])"  # in pixels, for resim.py
 WINDOWS = "--window 16 12 --stride 16 12"
 
 
 @pytest.mark.parametrize(
-    "script, flags, places",
+    "script, flags, iteration",
     [
-        ("setsim", "--symmetric --geometry 0.5", ""),
-        ("resim", WINDOWS, CROPS),
-        ("resim", f"{WINDOWS} --preset official", CROPS),
+        ("setsim", "--symmetric --geometry 0.5", TWO_VIEWS.format(scale="")),
+        ("resim", WINDOWS, TWO_VIEWS.format(scale=CROPS)),
+        ("resim", f"{WINDOWS} --preset official", TWO_VIEWS.format(scale=CROPS)),
+        ("d3ssl", "--proposals x", REGIONS),
     ],
-    ids=["setsim", "resim", "resim official"],
+    ids=["setsim", "resim", "resim official", "d3ssl"],
 )
-def test_one_process_equals_two(script, flags, places, tmp_path):
+def test_one_process_equals_two(script, flags, iteration, tmp_path):
     """Weights, gradients, queues, logged values: 16 images in one process or 8 in each of two, groups of 4, two steps.
 
-    ReSim's P4 negatives are gathered over both, P3's are the group's own.
+    ReSim's P4 negatives are gathered over both, P3's are the group's own; D3SSL's backgrounds, too.
     """
-    code = WORKER.format(root=str(ROOT), out=str(tmp_path), script=script, flags=flags, places=places)
+    total = ", 9" if script == "d3ssl" else ""
+    code = WORKER.format(
+        root=str(ROOT), out=str(tmp_path), script=script, flags=flags, total=total, iteration=iteration.strip()
+    )
     (tmp_path / "worker.py").write_text(code)
     runs = [
         subprocess.Popen(command(tmp_path / "worker.py", processes=n), stderr=subprocess.PIPE, text=True)
@@ -528,4 +544,5 @@ def test_one_process_equals_two(script, flags, places, tmp_path):
             if not name.startswith(("std", "positives")):  # a spread and a ratio within each process
                 assert other[2][name] == pytest.approx(value, rel=1e-7)
     assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])  # ranks agree bitwise
-    assert one[0]["image_queue.pointer"].item() == 2 * (2 if "symmetric" in flags else 1) * 16 % 24
+    keys, queue = (4, "bank") if script == "d3ssl" else (2 if "symmetric" in flags else 1, "image_queue")
+    assert one[0][f"{queue}.pointer"].item() == 2 * keys * 16 % 24

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import difflib
 import importlib
 import re
 import shlex
@@ -16,9 +17,9 @@ import resim
 from common import ResNetTrunk
 
 README = (ROOT / "README.md").read_text()
-METHODS = [name for name in ("setsim.py", "resim.py", "d3ssl.py") if (ROOT / name).exists()]
-SOURCES = {path: path.read_text() for path in (ROOT / name for name in (*METHODS, "common.py"))}
-PICTURES = {"setsim.py": "matches_end.png", "resim.py": "regions_end.png"}
+METHODS = ["setsim.py", "resim.py", "d3ssl.py"]
+SOURCES = {path: path.read_text() for path in (ROOT / name for name in (*METHODS, "common.py", "tools/proposals.py"))}
+PICTURES = {"setsim.py": "matches_end.png", "resim.py": "regions_end.png", "d3ssl.py": "regions_end.png"}
 
 
 def commands():
@@ -64,6 +65,8 @@ ROWS = {
     "ReSim": {"Table 1": 4, "Table 2": 4, "Table 3a": 5, "Table 3b": 5, "Section 4.1": 1, "Table 4": 14, "Section 4.2": 2, "Table 5": 9,
               "Table 6, DensePose": 5, "Table 6, Cityscapes": 5, "Table 7": 1, "A.2": 2, "Figures 1 and 2": 1, "Figure 3": 1,
               "Figure 4": 1},
+    "D3SSL": {"Table 1": 9, "Table 2": 1, "Table 3": 6, "Table 4": 5, "Table 5": 6, "Table 6": 2, "Table 7": 2,
+              "Figures 1, 2 and 5": 1, "Figure 3": 1, "Figure 4": 1},
 }  # fmt: skip
 
 
@@ -76,7 +79,7 @@ def test_the_map_has_every_row_of_the_paper(method):
 def mapped(method):
     """(title, script, settings, row) of each row that trains something."""
     for row in section(method).splitlines():
-        command = re.search(r"`((?:setsim|resim)\.py) (--data[^`]*)`", row)
+        command = re.search(r"`((?:setsim|resim|d3ssl)\.py) (--data[^`]*)`", row)
         if row.startswith("| ") and command:
             yield row.split("|")[1].strip(), command[1], module(command[1]).get_args(shlex.split(command[2])), row
 
@@ -120,6 +123,31 @@ def test_the_map_gives_each_row_of_resim_the_flags_it_names():
             assert (args.window, args.stride) == (([int(match[1])], [int(match[2])]) if match else ([48], [32]))
         count += 1
     assert count == 26
+
+
+def test_the_map_gives_each_row_of_d3ssl_the_flags_it_names():
+    count = 0
+    for title, script, args, row in mapped("D3SSL"):
+        coco = title.startswith(("Table 1", "Table 5", "Table 7"))
+        assert args.data == ("/coco/train2017" if coco else "/openimage-mini") and row.rstrip("| ").endswith("not run")
+        assert args.epochs == (200 if title.startswith(("Table 5", "Table 6", "Table 7")) else 800) and args.lr == 0.3
+        if script != "d3ssl.py":
+            assert script == ("setsim.py" if "MoCo" in title else "resim.py")
+            continue
+        assert args.proposals == ("coco.proposals" if coco else "oim.proposals")
+        assert (args.framework == "soco") == ("SoCo" in title)
+        assert args.depositioning == (
+            title.startswith(("Table 1", "Table 3", "Table 4", "Table 7, with L")) and "SoCo" not in title
+        )
+        if title.startswith("Table 5"):
+            assert args.cutout == ("prc" if "PRC" in title else "soco" if "random" in title else "none")
+            assert args.jitter == ("rbj" if "RBJ" in title else "soco" if "jittering" in title else "none")
+        augmented = "SoCo" not in title or "augmentations" in title
+        assert args.prm == ("keep" if augmented and (not title.startswith("Table 5") or "PRM" in title) else "none")
+        if not title.startswith("Table 5"):
+            assert (args.cutout, args.jitter) == (("prc", "rbj") if augmented else ("soco", "none"))
+        count += 1
+    assert count == 16
 
 
 IN_BLOCKS = [words for words in commands() if words[0] in (".venv/bin/python", "python", "torchrun")]
@@ -189,7 +217,7 @@ def test_tags_and_table_name_each_other():
     assert tagged == rows, f"only in code {tagged - rows}, only in README {rows - tagged}"
 
 
-@pytest.mark.parametrize("script, equations", [("setsim.py", 9), ("resim.py", 5)])
+@pytest.mark.parametrize("script, equations", [("setsim.py", 9), ("resim.py", 5), ("d3ssl.py", 10)])
 def test_every_equation_of_the_paper_has_its_tag(script, equations):
     for number in range(1, equations + 1):
         assert re.search(rf"PAPER:[^\n]*(Eq\. {number}\b|Eqs\. [\d and-]*\b{number}\b)", SOURCES[ROOT / script]), number
@@ -214,6 +242,32 @@ def definition(script, name):
 def test_blocks_repeated_on_purpose_are_equal(name):
     """What the methods share and a reader wants to see in each file: the same code, whatever its comments say."""
     assert definition("resim.py", name) == definition("setsim.py", name)
+    if name in ("NegativeLogSumExp", "negative_logsumexp"):
+        assert definition("d3ssl.py", name) == definition("setsim.py", name)
+
+
+OF_D3SSL = """
+images = open_data(args, world, stop_signal)
+method = build(args, world, total, None if state else args.init)
+optimizer = torch.optim.SGD(network.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay)
+region_views(images, args)
+group['lr'] = common.cosine_lr(lr, step // epoch_steps, args.epochs)
+drawn = Drawn(*(x.to(world.device, non_blocking=True) for x in batch))
+loss, values = method(network, drawn, step)
+""".strip().splitlines()
+
+
+def test_d3ssls_main_differs_in_these_lines_alone():
+    mains = []
+    for script in ("setsim.py", "d3ssl.py"):
+        (node,) = (node for node in ast.parse(SOURCES[ROOT / script]).body if getattr(node, "name", None) == "main")
+        mains.append(ast.unparse(node).splitlines())
+    added = [line[2:].strip() for line in difflib.ndiff(*mains) if line.startswith("+ ")]
+    assert len(added) == len(OF_D3SSL)
+    for line, known in zip(added, OF_D3SSL, strict=True):
+        assert known in line, line
+    gone = [line for line in difflib.ndiff(*mains) if line.startswith("- ")]
+    assert len(gone) == 13, gone
 
 
 @pytest.mark.parametrize("script", METHODS)
