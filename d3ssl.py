@@ -936,7 +936,7 @@ def open_data(args, world, stop):
     images, path = common.open_images(args.data, args.size, args.seed), args.proposals
     if path is None:
         path = os.path.join(args.output_dir, "scenes.proposals")
-        made = world.rank > 0 or proposals.make(images, path, "single", args.workers, stop)
+        made = world.rank > 0 or proposals.make(images, path, workers=args.workers, stop=stop)
         if sum(common.agree(int(not made))):
             print0("stopped by a signal; the same command continues")
             sys.exit()
