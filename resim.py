@@ -996,7 +996,7 @@ def probe(method, images, args, world, title):
     the first one draws.
     """
     method = copy.deepcopy(method)
-    hits, chances, cells = 0.0, 0.0, 0
+    hits, chances, cells, alive = 0.0, 0.0, 0, set()
     for first in range(0, 256 if args.demo else 32, 32):
         pairs = []
         for i in range(first, first + 32):
@@ -1004,6 +1004,7 @@ def probe(method, images, args, world, title):
                 pairs.append(two_views(images.probe(i), args.size, False))
         view_q, view_k, crop_q, crop_k = (torch.stack(x).to(world.device) for x in zip(*pairs, strict=True))
         c4_q, c4_k, seen = method.see(view_q, view_k, crop_q, crop_k)
+        alive |= {level.name for level, (found, _) in zip(method.levels, seen, strict=True) if found.valid.any()}
         if first == 0 and world.rank == 0:
             path = os.path.join(args.output_dir, f"regions_{title}.png")
             draw_regions(path, view_q[:6], view_k[:6], crop_q[:6], crop_k[:6], seen, method.levels)
@@ -1011,8 +1012,8 @@ def probe(method, images, args, world, title):
         c4_q, c4_k = (F.normalize(c4.flatten(2), dim=1) for c4 in (c4_q, c4_k))  # (B, C, S)
         hit, chance, n = correspondence_accuracy(c4_q.transpose(1, 2) @ c4_k, crop_q, crop_k, H, W)
         hits, chances, cells = hits + hit * n, chances + chance * n, cells + n
-    for level, (level_pairs, _) in zip(method.levels, seen, strict=True):
-        if not level_pairs.valid.any():
+    for level in method.levels:
+        if level.name not in alive:
             print0(f"warning: no window of {level.window} pixels is valid on {level.name.upper()}: it has no loss")
     hits, chances = hits / cells, chances / cells
     where = "held-out scenes" if images.held_out else "fixed crops of the training images"

@@ -5,6 +5,7 @@ python -m bench.speed set-loss      setsim.py's set loss against every row x eve
 python -m bench.speed setsim        a whole iteration of SetSim against plain MoCo-v2 on the same encoder
 python -m bench.speed resim         the same for ReSim-C4 and ReSim-FPN, beside the heads' share of multiply-adds
 python -m bench.speed prroi         resim.py's Precise RoI Pooling against torchvision's RoIAlign, forward and backward
+python -m bench.speed d3ssl         what d3ssl.py's region-level augmentations and composition cost beside an iteration
 """
 
 import argparse
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import roi_align
 
 import common
+import d3ssl
 import resim
 import setsim
 
@@ -175,9 +177,66 @@ def prroi(repeat):
             )
 
 
+def regions(repeat, arch, size, batch):
+    """Region-level augmentations of a batch (one core, all views), composing x3 (on the device), and an iteration."""
+    rng = torch.Generator().manual_seed(0)
+    corner = torch.rand(batch, 4, 2, generator=rng) * size / 2
+    boxes = torch.cat([corner, corner + size / 8 + torch.rand(batch, 4, 2, generator=rng) * size / 4], 2)
+    args = d3ssl.get_args(f"--data x --proposals x --arch {arch} --size {size} --batch-size {batch}".split())
+    method = d3ssl.build(args, common.World(0, 1, 0, torch.device("cpu")), 1)
+    optimizer = torch.optim.SGD(method.query.parameters(), 0.01, momentum=0.9)
+    views = torch.randint(0, 256, (2, batch, 3, size, size), generator=rng, dtype=torch.uint8)
+
+    def augment():
+        """What RegionViews.draw does with boxes once the views are there."""
+        drawn = []
+        for own in boxes:
+            one, two = d3ssl.restricted_jitter(own), d3ssl.restricted_jitter(own)
+            keeps = []
+            for where, side in ((one, size), (two / 2, size // 2)):
+                whole = torch.ones(side, side, dtype=torch.bool)
+                keeps.append(d3ssl.proposal_mask(d3ssl.proposal_cutout(whole, where), where))
+            least, most = d3ssl.shift_range(two, size)
+            shift = least + (torch.rand(2) * (most - least + 1)).long()
+            moved = two + shift.repeat(2)
+            mask = d3ssl.proposal_cutout(d3ssl.foreground_mask(moved, size, size), moved)
+            drawn.append((one, two, *keeps, shift, mask, torch.tensor(4)))
+        return d3ssl.Drawn(*views, *(torch.stack(x) for x in zip(*drawn, strict=True)))
+
+    def step():
+        loss, _ = method(method.query, drawn, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    drawn = augment()
+    others = d3ssl.other_images(batch, 32, 0.5)
+    work = {
+        "augment": augment,
+        "compose": lambda: d3ssl.network_inputs(drawn, others),
+        "normalise": lambda: [common.normalise(view) for view in views],  # that much any method does
+        "iteration": step,
+    }
+    seconds = {name: [] for name in work}
+    for _ in range(repeat + 1):
+        for name, run in work.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    rows = [dict(zip(seconds, row, strict=True)) for row in zip(*seconds.values(), strict=True)][
+        1:
+    ]  # the first warms up
+    shares = [(r["augment"] + r["compose"] - r["normalise"]) / r["iteration"] for r in rows]
+    print(
+        "; ".join(f"{name} {statistics.median(r[name] for r in rows):.3f} s" for name in work)
+        + f"; (augment + compose - normalise) / iteration {statistics.median(shares):.1%} ({min(shares):.1%} to "
+        f"{max(shares):.1%}); n {repeat}, batch {batch}, {arch}, {size} pixels, fp32"
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("set-loss", "prroi", *VARIANTS))
+    parser.add_argument("what", choices=("set-loss", "prroi", "d3ssl", *VARIANTS))
     parser.add_argument("--repeat", type=int, default=5, help="rounds; medians and ranges are over them")
     parser.add_argument("--arch", default="resnet50", help="of an iteration")
     parser.add_argument("--size", type=int, default=224, help="of an iteration: side of a view")
@@ -190,6 +249,8 @@ def main():
         set_loss(args.repeat)
     elif args.what == "prroi":
         prroi(args.repeat)
+    elif args.what == "d3ssl":
+        regions(args.repeat, args.arch, args.size, args.batch)
     else:
         iteration(args.repeat, args.arch, args.size, args.batch, VARIANTS[args.what])
 

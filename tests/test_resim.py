@@ -109,17 +109,30 @@ def test_colour_operations_in_the_order_of_each_preset(monkeypatch):
         assert seen == ["flip", *view, *view]
 
 
-def test_colour_operations_are_drawn_for_each_view():
-    """Probabilities 0.8, 0.2, 0.5 (jitter, grey, blur), independent in the two views, over many draws."""
-    image = Image.fromarray((np.indices((32, 32)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
-    red = Image.merge("RGB", [image.split()[0], Image.new("L", (32, 32)), Image.new("L", (32, 32))])
-    grey = []
-    for i in range(400):
-        with common.drawing("colours", i):
-            views = resim.two_views(red, 32, False)[:2]
-        grey.append([bool((view[0] == view[2]).all()) for view in views])
-    grey = np.array(grey)
-    assert abs(grey.mean() - 0.2) < 0.06 and abs((grey[:, 0] & grey[:, 1]).mean() - 0.04) < 0.03
+def test_colour_operations_are_drawn_for_each_view(monkeypatch):
+    """Probabilities 0.8, 0.2, 0.5 (jitter, grey, blur), each drawn by itself in both views: counted over many draws."""
+    happened = []  # a row for each view
+
+    def note(operation):
+        def noted(image, *_):
+            happened[-1][operation] = 1
+            return image
+
+        return noted
+
+    monkeypatch.setattr(resim.TF, "resized_crop", lambda image, *_: happened.append([0, 0, 0]) or image)
+    monkeypatch.setattr(resim.transforms, "ColorJitter", lambda *_: note(0))
+    monkeypatch.setattr(resim.TF, "rgb_to_grayscale", note(1))
+    monkeypatch.setattr(Image.Image, "filter", note(2))
+    image = Image.new("RGB", (8, 8))
+    for blur_first in (False, True):
+        happened.clear()
+        for i in range(1000):
+            with common.drawing("colours", i):
+                resim.two_views(image, 8, blur_first)
+        six = np.array(happened).reshape(1000, 6)  # the three of view q, the three of view k
+        assert np.abs(six.mean(0) - [0.8, 0.2, 0.5] * 2).max() < 0.04  # three standard errors
+        assert np.abs(np.corrcoef(six.T) - np.eye(6)).max() < 0.1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,12 +149,16 @@ def test_window_counts(window, stride, side):
 
 
 def test_kernels_of_the_negatives():
+    """Neighbourhoods as large as a window, in whole cells; 3 x 3 on P3."""
+
     def kernels(*flags):
         return [level.kernel for level in resim.make_levels(resim.get_args(["--data", "x", *flags]))]
 
     assert kernels() == [3, 3] and kernels("--levels", "c4") == [3]
     assert [kernels("--levels", "c4", "--window", w, "--stride", "16") for w in ("16", "48", "64")] == [[1], [3], [4]]
     assert kernels("--window", "64", "48", "--stride", "48", "24") == [4, 3]
+    assert [kernels("--levels", "c4", "--window", w) for w in ("4", "24", "40")] == [[1], [2], [3]]  # halves up
+    assert [kernels("--window", "24", w)[1] for w in ("8", "16", "40", "64")] == [3] * 4  # P3, whatever the window
 
 
 def random_crops(n, seed=0, width=500, height=375):
@@ -218,28 +235,31 @@ def test_shares_of_valid_windows_are_those_of_the_released_code():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def interpolate(channel, x, y):
-    """Bilinear interpolation of samples at whole coordinates, zero beyond: one point, by its four neighbours."""
-    H, W = channel.shape
-    total, i, j = 0.0, math.floor(y), math.floor(x)
+def interpolate(feature, x, y):
+    """Bilinear interpolation of samples at whole coordinates, zero beyond: one point, by its four neighbours.
+
+    feature: (C, H, W) -> (C,)
+    """
+    H, W = feature.shape[1:]
+    total, i, j = feature.new_zeros(len(feature)), math.floor(y), math.floor(x)
     for row, column in itertools.product((i, i + 1), (j, j + 1)):
         if 0 <= row < H and 0 <= column < W:
-            total += channel[row, column].item() * (1 - abs(y - row)) * (1 - abs(x - column))
+            total = total + feature[:, row, column] * (1 - abs(y - row)) * (1 - abs(x - column))
     return total
 
 
-def quadrature(channel, x0, y0, x1, y1):
-    """The mean of the interpolated channel over a box: cell by cell, where the midpoint rule is exact."""
+def quadrature(feature, x0, y0, x1, y1):
+    """The mean of the interpolated (C, H, W) map over a box: cell by cell, where the midpoint rule is exact."""
+    total = feature.new_zeros(len(feature))
     if x1 <= x0 or y1 <= y0:
-        return 0.0
+        return total
 
     def pieces(start, end):
         cuts = [start, *(i for i in range(math.floor(start) + 1, math.ceil(end))), end]
         return zip(cuts[:-1], cuts[1:], strict=True)
 
-    total = 0.0
     for (top, bottom), (left, right) in itertools.product(pieces(y0, y1), pieces(x0, x1)):
-        total += (bottom - top) * (right - left) * interpolate(channel, (left + right) / 2, (top + bottom) / 2)
+        total += (bottom - top) * (right - left) * interpolate(feature, (left + right) / 2, (top + bottom) / 2)
     return total / ((x1 - x0) * (y1 - y0))
 
 
@@ -261,9 +281,9 @@ def test_prroi_pool_against_quadrature(output_size, scale):
     assert got.shape == (len(BOXES), 2, rows, columns)
     for r, (n, x0, y0, x1, y1) in enumerate(BOXES):
         width, height = (x1 - x0) / columns, (y1 - y0) / rows
-        for c, i, j in itertools.product(range(2), range(rows), range(columns)):
+        for i, j in itertools.product(range(rows), range(columns)):
             bin = x0 + j * width, y0 + i * height, x0 + (j + 1) * width, y0 + (i + 1) * height
-            assert got[r, c, i, j].item() == pytest.approx(quadrature(feature[n, c], *bin), abs=1e-12)
+            torch.testing.assert_close(got[r, :, i, j], quadrature(feature[n], *bin), rtol=0, atol=1e-12)
 
 
 def test_prroi_pool_against_a_fine_riemann_sum():
@@ -328,8 +348,8 @@ def test_prroi_pool_of_empty_and_tiny_boxes():
     for width in (1e-2, 1e-3, 1e-4):  # in fp32: the interpolated value, on a whole coordinate and off it
         for x, y in ((2.0, 3.0), (2.37, 1.61), (2.0, 1.5)):
             tiny = torch.tensor([[0, x - width / 2, y - width / 2, x + width / 2, y + width / 2]])
-            for c, got in enumerate(resim.prroi_pool(feature, tiny, 1)[0, :, 0, 0].tolist()):
-                assert got == pytest.approx(interpolate(feature[0, c].detach(), x, y), abs=4 * width + 1e-6)
+            got = resim.prroi_pool(feature, tiny, 1)[0, :, 0, 0]
+            torch.testing.assert_close(got, interpolate(feature[0], x, y), rtol=0, atol=4 * width + 1e-6)
     ones = torch.ones(1, 1, 5, 6)  # no cancellation: the weights of a tiny box still sum to 1
     for width in (1e-3, 1e-4, 1e-5):
         tiny = torch.tensor([[0, 3.7, 2.9, 3.7 + width, 2.9 + width]])
@@ -352,6 +372,24 @@ def test_prroi_pool_takes_boxes_as_torchvision_does():
     assert roi_align(feature, listed, 2).shape == resim.prroi_pool(feature, tuple(listed), 2).shape
     for none in (torch.zeros(0, 5), [torch.zeros(0, 4)] * 3):
         assert resim.prroi_pool(feature, none, (2, 3)).shape == roi_align(feature, none, (2, 3)).shape == (0, 2, 2, 3)
+    assert resim.prroi_pool(feature[:0], torch.zeros(0, 5), (2, 3)).shape == (0, 2, 2, 3)  # no images either
+
+
+@pytest.mark.parametrize(
+    "boxes, words",
+    [
+        (torch.zeros(3, 4), r"\(R, 5\)"),  # read as rows with an index, their last number would be missing
+        (torch.zeros(5), r"\(R, 5\)"),
+        ([torch.zeros(3, 5), torch.zeros(3, 5)], r"list of \(L, 4\)"),
+        ([torch.zeros(3, 4), torch.zeros(4)], r"list of \(L, 4\)"),
+        ([torch.zeros(3, 4)], "a list of 1 for 2 images"),
+        ([torch.zeros(3, 4)] * 3, "a list of 3 for 2 images"),
+    ],
+)
+def test_prroi_pool_names_boxes_that_it_cannot_take(boxes, words):
+    """Each would give numbers without sense, or an error from deep inside."""
+    with pytest.raises(ValueError, match=words):
+        resim.prroi_pool(torch.zeros(2, 3, 4, 4), boxes, 1)
 
 
 def test_prroi_pool_is_computed_in_fp32():
@@ -449,6 +487,20 @@ def test_heads_of_each_preset():
     assert [m.weight.shape for m in encoder.image_head if isinstance(m, nn.Linear)] == [(2048, 2048), (128, 2048)]
 
 
+def test_image_embedding_is_torchvisions_resnet_with_mocos_head():
+    """Released names put the encoder's weights into a ResNet with fc = linear, ReLU, linear: the same embeddings."""
+    method, _ = tiny("--preset", "official")
+    resnet = torchvision.models.resnet18()
+    resnet.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 16))
+    released, prefix = resim.to_released(method.state_dict()), "module.encoder_q."
+    resnet.load_state_dict(
+        {name.removeprefix(prefix): x for name, x in released.items() if prefix in name and "fpn" not in name}
+    )
+    view = tiny_batch(n=4)[0]
+    normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    torch.testing.assert_close(method.query(view).image, resnet(normalise(view / 255)), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "flags, share", [("", 0.15), ("--levels c4", 0.063), ("--preset official", 0.185)], ids=["fpn", "c4", "official"]
 )
@@ -487,7 +539,7 @@ def loop_region_loss(q, k, valid, negatives, tau, per_image):
         for i in range(q.shape[1]):
             if valid[b, i]:
                 positive = torch.exp(q[b, i] @ k[b, i] / tau)
-                rows.append(-torch.log(positive / (positive + sum(torch.exp(q[b, i] @ n / tau) for n in negatives))))
+                rows.append(-torch.log(positive / (positive + torch.exp(negatives @ q[b, i] / tau).sum())))
         images.append(rows)
     if per_image:
         means = [sum(rows) / len(rows) for rows in images if rows]
@@ -599,16 +651,22 @@ def tiny_batch(seed=0, n=8):
     return views[0], views[1], crops[0], crops[1]
 
 
+@pytest.mark.parametrize("size, window, step, kernel", [(64, (16, 12), (16, 12), 1), (96, (48, 32), (32, 24), 3)])
 @pytest.mark.parametrize("preset", ["paper", "official"])
-def test_a_level_against_double_loops_with_its_in_batch_negatives(preset):
-    """Eqs. 1 and 2 from two feature maps: pooled windows, neighbourhoods of all images (P4) or of the group (P3)."""
-    method, _ = tiny("--preset", preset)
+def test_a_level_against_double_loops_with_its_in_batch_negatives(preset, size, window, step, kernel):
+    """Eqs. 1 and 2 from two feature maps: pooled windows, neighbourhoods of all images (P4) or of the group (P3).
+
+    Small windows, and the paper's, whose negatives are 3 x 3 neighbourhoods on P4 as well.
+    """
+    sides = [str(x) for x in (size, *window, *step)]
+    method, _ = tiny("--preset", preset, "--size", sides[0], "--window", *sides[1:3], "--stride", *sides[3:])
     _, _, crop_q, crop_k = tiny_batch()
     crop_k[2] += 1000  # an image without valid windows
     crop_k[4:, 0] += 30  # the second group has fewer
+    kernels = {"p4": kernel, "p3": 3}
     for level in method.levels:
-        pairs = resim.region_pairs(crop_q, crop_k, 64, level.window, level.step)
-        side = 64 // level.stride
+        pairs = resim.region_pairs(crop_q, crop_k, size, level.window, level.step)
+        side, n = size // level.stride, kernels[level.name]
         map_q, map_k = torch.randn(2, 8, 6, side, side, generator=torch.Generator().manual_seed(1))
         map_q.requires_grad_()
         loss, values = method.compare(level, map_q, map_k, pairs)
@@ -618,18 +676,12 @@ def test_a_level_against_double_loops_with_its_in_batch_negatives(preset):
             pooled.append(resim.prroi_pool(maps, rows, 1, 1 / level.stride)[:, :, 0, 0].view(8, -1, 6))
         q, k = (x / x.norm(dim=2, keepdim=True).clamp(min=1e-12) for x in pooled)
         near = [[] for _ in range(8)]
-        for b, i, j in itertools.product(range(8), range(side - 2), range(side - 2)):
-            vector = sum(map_k[b, :, i + di, j + dj] for di in range(3) for dj in range(3))
+        for b, i, j in itertools.product(range(8), range(side - n + 1), range(side - n + 1)):
+            vector = sum(map_k[b, :, i + di, j + dj] for di in range(n) for dj in range(n))
             near[b].append(vector / vector.norm())
-        assert level.kernel == {"p4": 1, "p3": 3}[level.name] or True
-        if level.kernel == 1:
-            near = [
-                [map_k[b, :, i, j] / map_k[b, :, i, j].norm() for i in range(side) for j in range(side)]
-                for b in range(8)
-            ]
         groups = []
         for images in (range(0, 4), range(4, 8)):
-            negatives = [n for b in (range(8) if level.name == "p4" else images) for n in near[b]]
+            negatives = torch.stack([n for b in (range(8) if level.name == "p4" else images) for n in near[b]])
             some = slice(images.start, images.stop)
             groups.append(loop_region_loss(q[some], k[some], pairs.valid[some], negatives, 0.2, preset == "paper"))
         want = (groups[0] + groups[1]) / 2
@@ -641,19 +693,19 @@ def test_a_level_against_double_loops_with_its_in_batch_negatives(preset):
 
 
 def test_identical_pixels_and_crops_give_logits_of_one_over_tau(monkeypatch):
-    """In eval mode a view and its copy agree in every window: 36 and 64 valid, boxes equal, q . k = 1."""
-    flags = "--data x --arch resnet18 --batch-size 2 --queue-size 4 --ema 1 --preset".split()
+    """In eval mode a view and its copy agree in every window: 36 (C4, P4) and 64 (P3) valid, boxes equal, q . k = 1."""
+    base = "--data x --arch resnet18 --batch-size 2 --queue-size 4 --ema 1".split()
     seen = []
     original = resim.region_contrastive_loss
     monkeypatch.setattr(resim, "region_contrastive_loss", lambda *a: seen.append(a) or original(*a))
-    for preset in ("paper", "official"):
-        method = resim.build(resim.get_args([*flags, preset]), WORLD).eval()
+    for flags, windows in (((), [36, 64]), (("--preset", "official"), [36, 64]), (("--levels", "c4"), [36])):
+        method = resim.build(resim.get_args([*base, *flags]), WORLD).eval()
         view = torch.randint(0, 256, (2, 3, 224, 224), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         crop = torch.tensor([[3.0, 5, 203, 155], [0, 0, 77, 99]])
         seen.clear()
         with torch.no_grad():
             method(method.query, view, view, crop, crop, 0)
-        assert [call[2].shape for call in seen] == [(2, 36), (2, 64)] and all(call[2].all() for call in seen)
+        assert [call[2].shape for call in seen] == [(2, n) for n in windows] and all(call[2].all() for call in seen)
         for q, k, *_ in seen:
             torch.testing.assert_close((q * k).sum(2) / 0.2, torch.full(q.shape[:2], 5.0), rtol=1e-4, atol=0)
 
@@ -749,7 +801,7 @@ def test_losses_and_pooling_stay_in_fp32_under_amp(monkeypatch):
 
 @pytest.mark.parametrize("flags", [(), ("--levels", "c4"), ("--preset", "official")])
 def test_total_loss_adds_the_levels_and_weighs_the_image(flags):
-    for weight in (0.0, 1.0, 2.5):
+    for weight in (0.0, 2.5):
         method, _ = tiny("--loss-weight", str(weight), *flags)
         _, values = method(method.query, *tiny_batch(), step=0)
         levels = [values[name] for name in values if name in ("loss_c4", "loss_p4", "loss_p3")]
@@ -794,22 +846,31 @@ def test_health_values_against_a_count():
 
 
 def test_yardsticks():
-    """ln(negatives + 1) with the paper's counts, 12 x 12 x 256 and 26 x 26 x 32; 1 / sqrt(D) of each embedding."""
-    args = resim.get_args(["--data", "x"])
-    levels = resim.make_levels(args)
+    """ln(negatives + 1) with the paper's counts, 12 x 12 x 256 (C4, P4) and 26 x 26 x 32 (P3); 1 / sqrt(D) of each
+    embedding."""
     trunk = type("Trunk", (), {"widths": [256, 512, 1024, 2048]})
-    stub = type("Method", (), {"levels": levels, "query": type("Query", (), {"trunk": trunk})})
+    query = type("Query", (), {"trunk": trunk})
+
+    def found(*flags, processes=1):
+        args = resim.get_args(["--data", "x", *flags])
+        stub = type("Method", (), {"levels": resim.make_levels(args), "query": query})
+        return resim.yardsticks(args, stub, common.World(0, processes, 0, torch.device("cpu")))
+
+    D = pytest.approx(128**-0.5)
+    same = {"loss_chance": pytest.approx(math.log(65_537)), "std_spread": D}
+    gathered, of_a_group = pytest.approx(math.log(36_864 + 1)), pytest.approx(math.log(21_632 + 1))
+    fpn = same | {"chance_p4": gathered, "spread_p4": D, "chance_p3": of_a_group, "spread_p3": D}
     for processes in (1, 8):
-        found = resim.yardsticks(args, stub, common.World(0, processes, 0, torch.device("cpu")))
-        assert found["chance_p4"] == pytest.approx(math.log(36_864 + 1))
-        assert found["chance_p3"] == pytest.approx(math.log(21_632 + 1))
-        assert found["loss_chance"] == pytest.approx(math.log(65_537))
-        assert found["std_spread"] == found["spread_p4"] == found["spread_p3"] == pytest.approx(128**-0.5)
-    found = resim.yardsticks(resim.get_args(["--data", "x", "--preset", "official"]), stub, WORLD)
-    assert (found["std_spread"], found["spread_p4"]) == (pytest.approx(128**-0.5), pytest.approx(1 / 16))
-    found = resim.yardsticks(resim.get_args(["--data", "x", "--framework", "simsiam"]), stub, WORLD)
-    assert found["chance_p4"] is None and found["loss_chance"] is None
-    assert [round(found[name] ** -2) for name in ("std_spread", "spread_p4", "spread_p3")] == [2048, 1024, 512]
+        assert found(processes=processes) == fpn
+        assert found("--levels", "c4", processes=processes) == same | {"chance_c4": gathered, "spread_c4": D}
+    assert found("--preset", "official") == fpn | {"spread_p4": 1 / 16, "spread_p3": 1 / 16}
+    for levels, widths in (("fpn", {"p4": 1024, "p3": 512}), ("c4", {"c4": 1024})):
+        values = found("--framework", "simsiam", "--levels", levels)
+        assert {name for name, value in values.items() if value is None} == {
+            "loss_chance", *(f"chance_{name}" for name in widths),
+        }  # fmt: skip
+        assert round(values["std_spread"] ** -2) == 2048
+        assert {name: round(values[f"spread_{name}"] ** -2) for name in widths} == widths
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -888,6 +949,168 @@ def test_a_single_valid_region_is_left_out_of_simsiam():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# what the regions see: similarities, picture, number
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framework", ["moco", "simsiam"])
+def test_see_against_loops(framework):
+    """Similarities of each pooled window of view q to each neighbourhood of view k, of the networks that the loss has.
+
+    MoCo's key network has weights of its own here. All images share their batch statistics.
+    """
+    base = "--data scenes --arch resnet18 --size 64 --batch-size 8 --window 24 12 --stride 24 16 --framework"
+    method = resim.build(resim.get_args([*base.split(), framework]), WORLD)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in method.parameters():  # two networks of MoCo, and SimSiam's blocks no longer identities
+            p.add_(0.02 * torch.randn(p.shape, generator=rng))
+    views, (key, query) = tiny_batch(), (getattr(method, "key", method.query), method.query)
+    c4_q, c4_k, seen = method.see(*views)
+    with torch.no_grad():
+        stages_q, stages_k = query.trunk(common.normalise(views[0])), key.trunk(common.normalise(views[1]))
+        torch.testing.assert_close((c4_q, c4_k), (stages_q[2], stages_k[2]))
+        maps = [network.pyramid(*stages[1:]) for network, stages in ((query, stages_q), (key, stages_k))]
+        for level, kernel, (pairs, similarity) in zip(method.levels, (2, 3), seen, strict=True):
+            side = 64 // level.stride - kernel + 1
+            map_q, map_k = (x[level.name] for x in maps)
+            if framework == "moco":
+                map_q, map_k = query.region_heads[level.name](map_q), key.region_heads[level.name](map_k)
+            starts = range(0, 64 - level.window, level.step)
+            windows = [[x, y, x + level.window, y + level.window] for y in starts for x in starts]
+            q = [quadrature(m, *(edge / level.stride for edge in box)) for m in map_q for box in windows]
+            places = list(itertools.product(range(side), range(side)))
+            near = [m[:, i : i + kernel, j : j + kernel].mean((1, 2)) for m in map_k for i, j in places]
+            q, near = torch.stack(q), torch.stack(near)
+            if framework == "simsiam":
+                project, predict = query.region_projectors[level.name], query.region_predictors[level.name]
+                q, near = predict(project(q)), project(near)
+            want = torch.empty(8, len(windows), side, side)
+            for b, a, (n, (i, j)) in itertools.product(range(8), range(len(windows)), enumerate(places)):
+                one, other = q[b * len(windows) + a], near[b * len(places) + n]
+                want[b, a, i, j] = one @ other / (one.norm() * other.norm())
+            torch.testing.assert_close(similarity, want, rtol=0, atol=1e-4)
+            assert similarity.std() > 0.05
+            grid = resim.region_pairs(*views[2:], 64, level.window, level.step)
+            assert all(torch.equal(x, y) for x, y in zip(pairs, grid, strict=True)) and pairs.valid.any()
+
+
+def test_picture_shows_overlap_matching_windows_and_the_heat_in_its_place(tmp_path):
+    """Pixels of a picture of plain views: shared parts bright, boxes of a colour in both views, heat where it belongs."""
+    level, size, zoom = resim.Level("p4", 16, 48, 32, True), 112, 2  # panels have 224 pixels a side
+    view_q, view_k = (
+        torch.tensor(c, dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, size, size)
+        for c in ((180, 30, 60), (30, 150, 90))
+    )
+    crop_q = torch.tensor([[0.0, 0, 112, 112]]).expand(2, 4)
+    crop_k = torch.tensor([[28.0, 14, 140, 126]]).expand(2, 4)  # the key view shows what lies 28 and 14 pixels further
+    boxes_q = torch.tensor([[40.0, 20, 60, 40], [70, 60, 100, 100]]).expand(2, 2, 4)
+    boxes_k = torch.tensor([[6.0, 8, 24, 30], [60, 78, 80, 94]]).expand(2, 2, 4)  # not where they belong: told apart
+    valid = torch.tensor([[True, True], [False, False]])
+    similarity, peaks = torch.full((2, 2, 5, 5), -0.2), ((1, 3), (3, 2))  # of each window, row and column
+    for window, (i, j) in enumerate(peaks):
+        similarity[0, window, i, j] = 0.7
+    seen = [resim.Seen(resim.Pairs(boxes_q, boxes_k, valid), similarity)]
+    resim.draw_regions(tmp_path / "regions.png", view_q, view_k, crop_q, crop_k, seen, [level])
+    picture = Image.open(tmp_path / "regions.png").convert("RGB")
+
+    def pixel(row, column, x, y):
+        """x, y: in pixels of the view."""
+        return picture.getpixel((6 + column * 230 + round(zoom * x), 20 + row * 230 + round(zoom * y)))
+
+    def edges(row, column, box):
+        x0, y0, x1, y1 = box.tolist()
+        x, y = (x0 + x1) / 2, (y0 + y1) / 2
+        return {pixel(row, column, *at) for at in ((x, y0 + 0.5), (x, y1 - 1), (x0 + 0.5, y), (x1 - 1, y))}
+
+    bright, dark = ((180, 30, 60), (30, 150, 90)), ((60, 10, 20), (10, 50, 30))
+    for row in range(2):  # 84 x 98 pixels are shared: the lower right of view q, the upper left of view k
+        assert [pixel(row, 0, *at) for at in ((24, 60), (32, 60), (66, 10), (66, 18))] == [dark[0], bright[0]] * 2
+        assert [pixel(row, 1, *at) for at in ((80, 40), (88, 40), (40, 94), (40, 102))] == [bright[1], dark[1]] * 2
+    colours = []
+    for box_q, box_k in zip(boxes_q[0], boxes_k[0], strict=True):
+        (colour,) = edges(0, 0, box_q)
+        assert edges(0, 1, box_k) == {colour}
+        colours.append(colour)
+        assert edges(1, 0, box_q) == {bright[0]} and edges(1, 1, box_k) == {bright[1]}  # not valid, not drawn
+    assert sorted(colours) == [(255, 176, 0), (255, 255, 255)]
+    white = colours.index((255, 255, 255))
+    assert edges(0, 2, boxes_k[0, white]) == {colours[white]} and colours[white] not in edges(
+        0, 2, boxes_k[0, 1 - white]
+    )
+
+    grey = 0.299 * 30 + 0.587 * 150 + 0.114 * 90
+    low, high = ([0.4 * grey + 0.6 * c for c in colour] for colour in ((0, 0, 127), (255, 204, 0)))
+    # cell j of the map lies at pixel 16 j: 3 x 3 cells from (i, j) have their centre at 16 (j + 1), 16 (i + 1)
+    (y, x), (y_other, x_other) = ([16 * (n + 1) for n in peaks[window]] for window in (white, 1 - white))
+    assert pixel(0, 2, x, y) == pytest.approx(high, abs=2)
+    assert pixel(0, 2, x_other, y_other) == pytest.approx(low, abs=2)  # the other window's similarity is not shown
+    for far, red in ((7, high[0]), (9, low[0])):  # a square of one cell; resizing overshoots a little at its edges
+        for at in ((x - far, y - far), (x + far, y - far), (x - far, y + far), (x + far, y + far)):
+            assert pixel(0, 2, *at)[0] == pytest.approx(red, abs=30)
+    assert pixel(0, 2, 110, 50) == pytest.approx([grey] * 3, abs=2)  # no neighbourhood has its centre there
+    assert pixel(1, 2, 56, 56) == bright[1]
+
+
+class Coordinates(nn.Module):
+    """A method whose C4 tells each cell's place in the image: two angles, so the most similar cell is the nearest."""
+
+    def __init__(self, levels, valid):
+        super().__init__()
+        self.levels, self.valid = levels, valid
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen = []
+
+    def __deepcopy__(self, memo):
+        twin = Coordinates(self.levels, self.valid)
+        twin.seen = self.seen  # shared, to look at afterwards
+        return twin
+
+    def see(self, view_q, view_k, crop_q, crop_k):
+        self.calls += 1
+        self.seen.append((self.training, view_q, view_k, crop_q, crop_k))
+        maps = []
+        for crop in (crop_q, crop_k):
+            x0, y0, x1, y1 = (edge[:, None] / 64 for edge in crop.unbind(1))
+            x = (x0 + (x1 - x0) * (torch.arange(8) + 0.5) / 8)[:, None, :].expand(-1, 8, -1)
+            y = (y0 + (y1 - y0) * (torch.arange(8) + 0.5) / 8)[:, :, None].expand(-1, -1, 8)
+            maps.append(torch.stack([x.cos(), x.sin(), y.cos(), y.sin()], 1))
+        boxes = torch.zeros(len(crop_q), 1, 4)
+        seen = [
+            resim.Seen(resim.Pairs(boxes, boxes, torch.full((len(boxes), 1), valid)), boxes) for valid in self.valid
+        ]
+        return *maps, seen
+
+
+def test_probe_finds_places_that_the_features_tell(tmp_path, monkeypatch, capsys):
+    """Nearly all cells are found, which takes the right crops on either side; a method in training mode, unchanged."""
+    args = resim.get_args(["--data", "x", "--size", "64", "--window", "16", "12", "--output-dir", str(tmp_path)])
+    method, drawn = Coordinates(resim.make_levels(args), (True, False)), []
+    monkeypatch.setattr(resim, "draw_regions", lambda *a: drawn.append(a))
+    images = type("Images", (), {"held_out": True, "probe": lambda self, i: Image.new("RGB", (64, 56), (i, 0, 0))})()
+    found = resim.probe(method, images, args, WORLD, "start")
+    ((training, *views),) = method.seen
+    assert training and method.training and method.calls == 0
+    assert len(drawn) == 1 and drawn[0][0] == str(tmp_path / "regions_start.png") and drawn[0][6] is method.levels
+    assert all(torch.equal(got, view[:6]) for got, view in zip(drawn[0][1:5], views, strict=True))
+    cells = near = 0  # of query cells that the key view shows; of key cells at most one row and column away
+    for (x0, y0, x1, y1), (left, top, right, bottom) in zip(views[2].tolist(), views[3].tolist(), strict=True):
+        for i, j in itertools.product(range(8), range(8)):
+            x = (x0 + (j + 0.5) * (x1 - x0) / 8 - left) * 8 / (right - left)
+            y = (y0 + (i + 0.5) * (y1 - y0) / 8 - top) * 8 / (bottom - top)
+            if 0 <= x < 8 and 0 <= y < 8:
+                cells += 1
+                near += sum(abs(c + 0.5 - x) <= 1.001 for c in range(8)) * sum(
+                    abs(c + 0.5 - y) <= 1.001 for c in range(8)
+                )
+    assert found["cells"] == cells > 500 and found["chance"] == pytest.approx(near / cells / 64, abs=1e-5)
+    assert found["hits"] > 0.99
+    out = capsys.readouterr().out
+    assert "warning: no window of 12 pixels is valid on P3: it has no loss" in out and "valid on P4" not in out
+    assert "start of training: best match on C4" in out and f"of {cells} cells on held-out scenes" in out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # settings, released layout, pieces
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -896,7 +1119,8 @@ PRESETS = {  # literal copy of the table of presets
                   lr=0.03, batch_size=256, epochs=200, queue_size=65536, ema=0.999, momentum=0.9, weight_decay=1e-4, dim=128,
                   arch="resnet50", size=224, amp="none", group_size=32),
     "official": dict(framework="moco", levels="fpn", window=[48, 32], stride=[32, 24], pool="prroi", loss_weight=1.0, temperature=0.2,
-                     lr=0.03, batch_size=256, epochs=200, queue_size=65536, ema=0.999, momentum=0.9, weight_decay=1e-4, dim=128),
+                     lr=0.03, batch_size=256, epochs=200, queue_size=65536, ema=0.999, momentum=0.9, weight_decay=1e-4, dim=128,
+                     arch="resnet50", size=224, amp="none", group_size=32),
 }  # fmt: skip
 
 
@@ -955,25 +1179,25 @@ def test_settings_that_make_no_sense(flags, words):
     assert "\n" not in str(error.value)
 
 
-def released_checkpoint(dim=128, K=64, seed=0):
-    """A state_dict as the released code writes it, from torchvision's ResNet-50 and its own names for the rest."""
+def released_checkpoint(arch, dim=128, K=64, seed=0):
+    """A state_dict as the released code writes it, from torchvision's ResNet and its own names for the rest."""
     torch.manual_seed(seed)
     state = {}
     for network in ("encoder_q", "encoder_k"):
-        resnet = torchvision.models.resnet50()
-        resnet.fc = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, dim))
+        resnet = getattr(torchvision.models, arch)()
+        C = resnet.fc.in_features
+        resnet.fc = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, dim))
         for name, inputs, kernel in (
-            ("lateral3", 512, 1), ("lateral4", 1024, 1), ("lateral5", 2048, 1), ("output3", 256, 3), ("output4", 256, 3),
+            ("lateral3", C // 4, 1), ("lateral4", C // 2, 1), ("lateral5", C, 1), ("output3", 256, 3), ("output4", 256, 3),
         ):  # fmt: skip
             resnet.add_module(f"fpn_{name}", nn.Conv2d(inputs, 256, kernel, padding=kernel // 2))
         state |= {f"module.{network}.{name}": tensor for name, tensor in resnet.state_dict().items()}
     return state | {"module.queue": F.normalize(torch.randn(dim, K), dim=0), "module.queue_ptr": torch.tensor([7])}
 
 
-def test_released_checkpoints_load_into_the_model_and_back(tmp_path, capsys):
-    released = released_checkpoint()
-    args = resim.get_args(["--data", "x", "--preset", "official", "--queue-size", "64"])
-    method = resim.build(args, WORLD)
+def test_released_checkpoints_load_into_the_model_and_back():
+    released = released_checkpoint("resnet50")
+    method = resim.build(resim.get_args(["--data", "x", "--preset", "official", "--queue-size", "64"]), WORLD)
     method.load_state_dict(resim.from_released(released, method.state_dict()))  # strict: nothing missing or left over
     assert torch.equal(method.image_queue.vectors[3], released["module.queue"][:, 3])
     assert torch.equal(method.query.region_heads["p3"].weight, released["module.encoder_q.fpn_output3.weight"])
@@ -982,25 +1206,34 @@ def test_released_checkpoints_load_into_the_model_and_back(tmp_path, capsys):
     back = resim.to_released(method.state_dict())
     assert back.keys() == released.keys() and all(torch.equal(back[name], released[name]) for name in released)
 
-    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": released}, tmp_path / "resim.pth.tar")
-    method = resim.build(args, WORLD, tmp_path / "resim.pth.tar")
-    for network in (method.query, method.key):  # both start from the query network
-        assert torch.equal(network.trunk.layer4[2].conv3.weight, released["module.encoder_q.layer4.2.conv3.weight"])
-        assert torch.equal(network.pyramid.laterals["c3"].weight, released["module.encoder_q.fpn_lateral3.weight"])
-        assert torch.equal(network.image_head[0].bias, released["module.encoder_q.fc.0.bias"])
-    assert "its projector and its FPN convolutions are taken as well" in capsys.readouterr().out
-    method = resim.build(resim.get_args(["--data", "x", "--queue-size", "64"]), WORLD, tmp_path / "resim.pth.tar")
+
+def test_init_takes_all_of_a_released_checkpoint(tmp_path, capsys):
+    """Wrapped as it was published, or the bare state_dict; the backbone alone where the heads are others."""
+    released, file = released_checkpoint("resnet18"), tmp_path / "resim.pth.tar"
+
+    def start(state, *flags):
+        torch.save(state, file)
+        args = ["--data", "x", "--arch", "resnet18", "--queue-size", "64", *flags]
+        return resim.build(resim.get_args(args), WORLD, file)
+
+    for state in ({"epoch": 200, "arch": "resnet18", "state_dict": released}, released):
+        method = start(state, "--preset", "official")
+        for network in (method.query, method.key):  # both start from the query network
+            for name, tensor in network.state_dict().items():
+                assert torch.equal(tensor, released[resim.released_name(f"query.{name}")])
+        assert "its projector and its FPN convolutions are taken as well" in capsys.readouterr().out
+    method = start(released)
     assert torch.equal(method.query.trunk.conv1.weight, released["module.encoder_q.conv1.weight"])
-    assert "as well" not in capsys.readouterr().out  # other heads: the backbone alone
-    without = {name: tensor for name, tensor in released.items() if name != "module.encoder_q.fpn_lateral4.bias"}
-    narrow = released | {"module.encoder_q.fc.2.weight": torch.zeros(64, 2048)}
+    assert "as well" not in capsys.readouterr().out
+    query = {name: tensor for name, tensor in released.items() if "encoder_q" in name}
+    without = {name: tensor for name, tensor in query.items() if name != "module.encoder_q.fpn_lateral4.bias"}
+    narrow = query | {"module.encoder_q.fc.2.weight": torch.zeros(64, 512)}
     for state, words in (
         (without, "fpn_lateral4.bias is missing"),
         (narrow, "not of this --dim .*image_head.2.weight"),
     ):
-        torch.save({"state_dict": state}, tmp_path / "broken.pth.tar")
         with pytest.raises(common.UserError, match=words) as error:
-            resim.build(args, WORLD, tmp_path / "broken.pth.tar")
+            start({"state_dict": state}, "--preset", "official")
         assert "\n" not in str(error.value)
 
 
