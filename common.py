@@ -687,6 +687,16 @@ def save_atomically(value, path):
         raise
 
 
+def make_output_dir(folder):
+    """Make a run's output folder if need be. Errors: UserError, a file of that name, no permission."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "no permission to write there")
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: {error.strerror}: give a folder that can be written") from None
+
+
 class Checkpoints:
     """`checkpoint.pth` of one run, and beside it the weights for others to take (`<arch>.pth`, ...).
 
@@ -700,12 +710,7 @@ class Checkpoints:
 
     def __init__(self, folder, script, settings):
         self.path, self.script, self.settings = os.path.join(folder, "checkpoint.pth"), script, settings
-        try:
-            os.makedirs(folder, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(errno.EACCES, "no permission to write there")
-        except OSError as error:
-            raise UserError(f"--output-dir {folder}: {error.strerror}: give a folder that can be written") from None
+        make_output_dir(folder)
 
     def load(self, resume=None):
         """The state to continue from, or None: the folder's own checkpoint or `resume`, whichever is further.

@@ -6,20 +6,20 @@ Boxes from selective search name regions of an image. Each region is seen three 
 surroundings (de-coupling), and moved to another place on another image (de-positioning); all are pulled together, and
 pushed from the regions of earlier images.
 
-    image --whole----colour--> x1 ---PRC, PRM--> x^1 --+------------------- student f_q --> z_s1 --+    t2 t1
-      |                                                +------------------- teacher f_k --> z_t1   +-- L_dc, Eqs. 4, 5
-      +------crop----colour--> x2 -------------------------(clean)--------- teacher f_k --> z_t2   |
-                               |  +---half---> x2-s ---PRC, PRM--> x^2-s -- student f_q --> z_s2 --+
-    proposals --> boxes b_i    |                                                                        t2 t1
-    in each view, jittered     +--boxes' pixels, moved by t, cut by PRC,--- student f_q --> z_s3 ------ L_dp, Eq. 9
-                                  pasted on another image's x2: x3
-    f(x, b) = MLP(mean(res5(RoIAlign(C4(x), b)))), Eq. 1. z_t1 goes into a bank, whose vectors are the negatives.
+    image --whole, colour--> x1 --PRC, PRM--> x^1 --+---------------- student f_q --> z_s1
+      |                                             +---------------- teacher f_k --> z_t1 --> bank of negatives
+      +--crop, colour--> x2 --+--(clean)----------------------------- teacher f_k --> z_t2
+      |                       +--half--> x2-s --PRC, PRM--> x^2-s --- student f_q --> z_s2
+      |                       +--pixels of the boxes, moved by t, cut by PRC, on another image's x2
+      |                            = x3, boxes moved ---------------- student f_q --> z_s3
+      +--proposals--> boxes b_i in each view, jittered: f(x, b_i) = MLP(mean(res5(RoIAlign(C4(x), b_i)))), Eq. 1
+    L_dc (Eqs. 4, 5): z_s1 with z_t2, z_s2 with z_t1.    L_dp (Eq. 9): z_s3 with z_t2, z_s3 with z_t1.    Eq. 10: their sum.
 
     B images of this process    K boxes an image    C channels    H, W a view's sides    D embedding (128)    M bank
     R = B K regions             m EMA of the teacher    tau temperature    t shift       S = H = W in square views
 
     python -m tools.proposals --data /coco/train2017 --out coco.proposals
-    torchrun --nproc_per_node 8 d3ssl.py --data /coco/train2017 --proposals coco.proposals    Table 1: 57.8 AP on VOC
+    torchrun --nproc_per_node 8 d3ssl.py --data /coco/train2017 --proposals coco.proposals    Table 1's 57.8 AP
     python d3ssl.py --demo                        a laptop, minutes, nothing to download, proposals included
     ... --framework soco                          the baseline SoCo-C4 on the same views
 
@@ -49,19 +49,13 @@ from common import UserError, print0
 # Settings: the paper's where it prints them, else those of the methods that it builds on (its supplement is not public)
 # ======================================================================================================================
 
-# AMBIGUOUS: D11, D12, D15, D17. tau, the bank's size, m, optimiser and schedule: MoCo-v2's, and DenseCL's on COCO.
-SOCO = dict(cutout="soco", jitter="none", prm="none", depositioning=False, ema=0.99, dim=256)
+# What SoCo has in D3SSL's place; PRM and L_dp are none of its own (OFFICIAL: D39. The released SoCo-C4 jitters no boxes)
+SOCO = dict(cutout="soco", jitter="none", prm="none", depositioning=False, ema=0.99, dim=256, mlp_norm=True)
+SOCO_HIDDEN = 4096  # OFFICIAL: D39. Width of its projector and predictor
 DEMO = dict(
-    data="scenes",
-    arch="resnet18",
-    size=136,
-    batch_size=64,
-    epochs=3,
-    lr=0.6,
-    queue_size=4096,
-    ema=0.99,
-    temperature=0.1,
-)
+    data="scenes:2048", arch="resnet18", size=136, batch_size=64, epochs=2, lr=0.15, queue_size=2048, ema=0.9,
+    temperature=0.1, mlp_norm=True,
+)  # fmt: skip
 
 
 def get_args(argv=None):
@@ -75,14 +69,15 @@ def get_args(argv=None):
     flag("--framework", default="moco", choices=("moco", "soco"), help="D3SSL on MoCo's losses and memory bank, or its baseline SoCo-C4 (predictor, no negatives)")
     # the regions and their augmentations, section 4.1
     flag("--boxes", default=4, type=int, metavar="K", help="K of Eq. 10, regions of an image")
-    flag("--cutout", default="prc", choices=("none", "soco", "prc"), help="cut a part of each region: SoCo's squares, or proposal-based random cutout")
+    flag("--cutout", default="prc", choices=("none", "soco", "prc"), help="cut a part of each region of x1 and x2-s: SoCo's squares, or proposal-based random cutout (x3's mask has that always)")
     flag("--jitter", default="rbj", choices=("none", "soco", "rbj"), help="move the boxes: SoCo's jitter, or restricted box jitter, never larger; default none on SoCo")
     flag("--prm", default="keep", nargs="?", const="keep", choices=("none", "keep", "erase"), help="proposal-based random mask: keep the background in one rectangle alone, or erase it there; default none on SoCo")
     flag("--depositioning", default=True, action=switch, help="L_dp, Eqs. 6 to 9, besides L_dc; default off on SoCo, which has none")
-    # the losses
+    # the losses. AMBIGUOUS: D11, D12, D15, D17. MoCo-v2's numbers, and below the optimiser of DenseCL on COCO
     flag("--temperature", default=0.2, type=float, help="tau of Eq. 5: the smaller, the more the hardest negatives count")
     flag("--dim", default=128, type=int, help="D, size of embeddings; default 256 on SoCo")
-    flag("--queue-size", default=65536, type=int, help="size of the memory bank in regions, K for each image; of more than the data has, an image meets its own")
+    flag("--mlp-norm", default=False, action=switch, help="batch norm in the MLP of Eq. 1; always on SoCo; short runs learn faster with it")
+    flag("--queue-size", default=65536, type=int, help="size of the memory bank in regions, K for each image; larger than the data, it holds an image's own regions")
     flag("--bank", default="augmented", choices=("augmented", "both"), help="what the teacher puts into the bank: z_t1 of the augmented view, or z_t2 too")
     flag("--ema", default=0.999, type=float, help="m: teacher <- m teacher + (1 - m) student; on SoCo it starts at 0.99 and rises to 1")
     # the encoder and its images
@@ -128,7 +123,7 @@ def check_args(args, given):
     if args.size % 2:
         raise UserError(f"--size {args.size}: the small view x2-s has half of it, give an even number")
     useless = {name: "SoCo has no negatives" for name in ("queue_size", "bank", "temperature")}
-    useless |= {"group_size": "SoCo's batch norm is over the batch"}
+    useless |= {"group_size": "SoCo's batch norm is over the batch", "mlp_norm": "SoCo's MLPs have batch norm"}
     for name in useless.keys() & given.keys() if args.framework == "soco" else ():
         raise UserError(f"--{name.replace('_', '-')} has no effect here, leave it out: {useless[name]}")
     if args.framework == "soco" and args.depositioning:
@@ -192,7 +187,8 @@ def choose_boxes(boxes, whole, crop, size, count, least):
     """K boxes that both views show, those wholly inside the crop first; draws from torch's global generator.
 
     OFFICIAL: D2. SoCo's number, drawn without replacement, filled up with repetitions. AMBIGUOUS: D3, D31, D42. At least
-    `least` pixels of each side are seen in both views; where no box is left, the crop itself is the only region.
+    `least` pixels of each side are seen in both views; where no box is left, the crop itself is the only region, however
+    thin it may be.
 
     Args:
         boxes: (n, 4) pixels of the image, n may be 0. whole, crop: (4,), what x1 and x2 show. size: side of the views.
@@ -235,9 +231,10 @@ def foreground_mask(boxes, H, W):
 def proposal_cutout(view, boxes, low=0.2, high=0.5):
     """PAPER: section 4.1, proposal-based random cutout (PRC); draws from torch's global generator.
 
-    From the largest box to the smallest, a rectangle of the box's aspect is cut out of it at a random place, so large
-    that together with earlier cuts the share c is gone. Where earlier cuts alone took more than that from a box, all of
-    it comes back first: a small region inside a large one keeps what it needs.
+    From the largest box to the smallest, a rectangle of the box's aspect is cut out of it at a random place, as large as
+    what earlier cuts leave of the share c. Where they alone took more than that from a box, all of it comes back first: a
+    small region inside a large one keeps what it needs. From the smallest box never more than c is cut; later, smaller
+    boxes may take more from a larger one.
     AMBIGUOUS: D19, D20, D21, D22. c, drawn evenly from [low, high] for each box, is a share of the area and the threshold
     as well; each box is cut; what is cut is 0, the mean colour after normalisation.
 
@@ -302,8 +299,11 @@ def restricted_jitter(boxes, shrink=0.2):
 
 
 def soco_cutout(view, boxes):
-    """SoCo's cutout in PRC's place, for Table 5 (DEVIATION: D43. In both augmented views): from every second box a square of [0.1, 0.3] of its area, around a random
-    point of it, may reach out of it. Draws from torch's global generator; arguments and result as proposal_cutout."""
+    """SoCo's cutout, for Table 5: from every second box a square is cut; draws from torch's global generator.
+
+    The square has [0.1, 0.3] of the box's area, lies around a random point of the box and may reach out of it.
+    DEVIATION: D43. In PRC's place, in both augmented views. Arguments and result as proposal_cutout.
+    """
     keep = torch.ones(view.shape[-2:], dtype=torch.bool)
     for box in boxes:
         x0, y0, x1, y1 = box.tolist()
@@ -315,11 +315,19 @@ def soco_cutout(view, boxes):
     return view * keep
 
 
-def soco_jitter(boxes, size, range=0.1):
-    """SoCo's box jitter in RBJ's place, for Table 5 (DEVIATION: D43. In both views): every second box is shifted and scaled by up to `range` of its sides, then
-    clipped to the view of that size. Draws from torch's global generator; (K, 4) -> (K, 4)."""
+def soco_jitter(boxes, size, reach=0.1):
+    """SoCo's box jitter, for Table 5: every second box is shifted and scaled; draws from torch's global generator.
+
+    DEVIATION: D43. In RBJ's place, in both views.
+
+    Args:
+        boxes: (K, 4) pixels of the view. size: side of the view, to which boxes are clipped. reach: up to what share of
+            its sides a box is shifted, and made larger or smaller.
+    Returns:
+        (K, 4)
+    """
     side = boxes[:, 2:] - boxes[:, :2]  # (K, 2)
-    shift, scale = ((2 * torch.rand_like(side) - 1) * range for _ in "ab")
+    shift, scale = (reach * (2 * torch.rand(2, *side.shape) - 1)).unbind()
     corner = boxes[:, :2] + shift * side
     moved = torch.cat([corner, corner + side * (1 + scale)], 1).clamp(0, size)
     return torch.where(torch.rand(len(boxes), 1) < 0.5, moved, boxes)
@@ -441,6 +449,7 @@ class WithProposals:
     def __init__(self, images, proposals):
         self.images, self.proposals, self.rows = images, proposals, proposals.check(images)
         self.held_out, self.name = images.held_out, images.name
+        self.order = torch.randperm(len(images), generator=common.generator("probe"))
 
     def __len__(self):
         return len(self.images)
@@ -454,7 +463,7 @@ class WithProposals:
         """Image `index` of those that the closing measurement is made with, and its objects: the true boxes of a held-out
         scene, else the proposals."""
         if not self.held_out:
-            return self[common.key_seed("probe", index) % len(self)][0]
+            return self[int(self.order[index % len(self)])][0]
         from tools.scenes import make_scene
 
         scene = make_scene(self.images.seed, self.images.count + index, self.images.size)
@@ -470,32 +479,38 @@ class WithProposals:
 # ======================================================================================================================
 
 
+def mlp(inputs, hidden, outputs, norm):
+    """inputs-hidden-outputs with a ReLU between, and batch norm before it if `norm`."""
+    between = [nn.BatchNorm1d(hidden), nn.ReLU()] if norm else [nn.ReLU()]
+    return nn.Sequential(nn.Linear(inputs, hidden), *between, nn.Linear(hidden, outputs))
+
+
 class Encoder(nn.Module):
     """Backbone and projector of regions: PAPER: Eq. 1, f(x, b) = MLP(mean(res5(RoIAlign(C4(x), b)))).
 
-    OFFICIAL: D9. RoIAlign is aligned, to as many cells as the view has on C4: 14 x 14, and 7 x 7 in the small view, as in
-    SoCo. AMBIGUOUS: D10. The MLP is MoCo-v2's, `hidden` None; else SoCo's, with batch norm.
+    OFFICIAL: D9. RoIAlign is aligned, to size // 16 cells a side: 14 x 14, and 7 x 7 in the small view, as in SoCo.
+    AMBIGUOUS: D10. The MLP is MoCo-v2's, without norm.
 
     Args:
-        hidden: width of the MLP's hidden layer. group_size: images whose batch statistics are taken together; None: all.
+        dim: D. hidden: width of the MLP's hidden layer, None: that of C5. norm: see mlp. group_size: images whose batch
+            statistics are taken together; None: all.
     """
 
-    def __init__(self, arch, dim, hidden=None, group_size=None, zero_init_residual=False):
+    def __init__(self, arch, dim, hidden=None, norm=False, group_size=None, zero_init_residual=False):
         super().__init__()
         self.group_size = group_size
         self.trunk = common.ResNetTrunk(arch, zero_init_residual)
         C = self.trunk.widths[-1]
-        if hidden is None:
-            self.projector = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, dim))
-        else:
-            self.projector = soco_mlp(C, hidden, dim)
+        self.projector = mlp(C, hidden or C, dim, norm)
 
     def features(self, x, boxes):
         """What the backbone makes of regions: (B, 3, s, s) normalised, (B, K, 4) pixels -> (B, K, C)"""
         x = x.contiguous(memory_format=torch.channels_last)
         c4 = self.trunk(x, stages=3)[-1]  # (B, C', H, W)
+        image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
+        rows = torch.cat([image[:, None].to(boxes.dtype), boxes.flatten(0, 1)], 1)  # (R, 5), as roi_align wants them
         cells = max(1, x.shape[-1] // CELL)
-        regions = ops.roi_align(c4, [*boxes.to(c4.dtype)], cells, 1 / CELL, aligned=True)  # (R, C', cells, cells)
+        regions = ops.roi_align(c4, rows, cells, 1 / CELL, aligned=True)  # (R, C', cells, cells)
         regions = regions.contiguous(memory_format=torch.channels_last)  # RoIAlign forgets it
         return self.trunk.layer4(regions).mean((2, 3)).unflatten(0, boxes.shape[:2])
 
@@ -509,17 +524,12 @@ class Encoder(nn.Module):
         return [common.encode_in_groups(self.encode, group_size, x, boxes)[0] for x, boxes in views]
 
 
-def soco_mlp(inputs, hidden, outputs):
-    """SoCo's projector and predictor: inputs-hidden-outputs, batch norm and ReLU between."""
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
-
-
 class SoCoStudent(nn.Module):
     """The online network of SoCo: an Encoder and a predictor."""
 
     def __init__(self, encoder, dim, hidden):
         super().__init__()
-        self.encoder, self.predictor = encoder, soco_mlp(dim, hidden, dim)
+        self.encoder, self.predictor = encoder, mlp(dim, hidden, dim, norm=True)
 
     def forward(self, *views):
         """(x, boxes) of each view -> [prediction (B, K, D) of each view]"""
@@ -567,7 +577,7 @@ def negative_logsumexp(q, queue, temperature, elements=2**24):
 def region_contrastive_loss(z, positive, bank, temperature):
     """PAPER: Eq. 5, L_nce, and Eq. 10's mean over regions: the positive is in the denominator, too.
 
-    OFFICIAL: D14. Negatives come from the bank alone: other regions of the image are none.
+    PAPER: D14. Negatives come from the bank alone: other regions of the image are none.
 
     Args:
         z, positive: (..., D), the second without gradient. bank: (M, D). temperature: tau.
@@ -636,12 +646,12 @@ def health(drawn, size, z):
 
     Args: drawn: Drawn, with a leading B. size: side of the views. z: (B, K, D), unit vectors.
     """
-    least, most = shift_range(drawn.boxes_2, size)
+    least, most = shift_range(drawn.boxes_2, size)  # (B, 2) each
     return {
         "proposals": drawn.found.float().mean(),  # different regions of an image, at most K
         "empty": (drawn.found == 0).float().mean(),  # share of images without any
         "shift": drawn.shift.float().norm(dim=1).mean(),  # pixels
-        "stuck": (least == most).all(1).float().mean(),  # share of images whose boxes cannot move
+        "stuck": (most - least < CELL).all(1).float().mean(),  # share of images whose boxes cannot move by a cell of C4
         "std": z.flatten(0, 1).std(0, correction=0).mean(),
     }
 
@@ -723,8 +733,8 @@ class D3SSL(nn.Module):
 class SoCo(nn.Module):
     """The baseline SoCo-C4 on D3SSL's views: a predictor, a cosine loss, a teacher that ever more slowly follows.
 
-    DEVIATION: D39. Released SoCo-C4 has no small view and no clean one, cuts in the second view alone, crops [0.6, 1],
-    has other colours and takes LARS.
+    DEVIATION: D39. The released SoCo-C4 has two views alone, cuts in the second, crops [0.6, 1] anew where too few boxes
+    overlap, counts repeated boxes as several positives, has other colours, and takes LARS with warm-up.
 
     Args:
         encoder: an Encoder with SoCo's projector. total: steps of the schedule. dim, ema: see get_args. hidden: width of
@@ -770,22 +780,22 @@ def build(args, world, total, init=None):
     Args: total: steps of the schedule.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp, torch.float32)
-    soco, hidden = args.framework == "soco", 4096
+    soco = args.framework == "soco"
 
     def autocast():
         return torch.autocast(world.device.type, dtype, enabled=args.amp != "none")
 
     with common.drawing("init", args.seed):
         if soco:
-            encoder = Encoder(args.arch, args.dim, hidden, zero_init_residual=True)
+            encoder = Encoder(args.arch, args.dim, SOCO_HIDDEN, args.mlp_norm, zero_init_residual=True)
         else:
-            encoder = Encoder(args.arch, args.dim, group_size=args.group_size)
+            encoder = Encoder(args.arch, args.dim, norm=args.mlp_norm, group_size=args.group_size)
         if init:
             weights, line = common.load_backbone(init, args.arch)
             encoder.trunk.load_state_dict(weights)
             print0(line)
         if soco:
-            method = SoCo(encoder, args.size, args.dim, hidden, args.ema, total, autocast)
+            method = SoCo(encoder, args.size, args.dim, SOCO_HIDDEN, args.ema, total, autocast)
         else:
             method = D3SSL(
                 encoder, args.size, args.dim, args.queue_size, args.bank, args.ema, args.temperature,
@@ -824,43 +834,54 @@ def exports(args, method):
     return {f"{args.arch}.pth": online_encoder(method).trunk.state_dict()}
 
 
+def found_again(student, teacher, known):
+    """Of each region the most similar one of the same image in the other view: is it the same region?
+
+    Args:
+        student, teacher: (B, K, C), the regions of either view. known: (B, K) bool, which of them are different regions.
+    Returns:
+        (B, K) bool, False where not known; chance: (B, K) fp32, the share of guesses that would be right, likewise.
+    """
+    similarity = F.normalize(student.float(), dim=2) @ F.normalize(teacher.float(), dim=2).transpose(1, 2)  # (B, K, K)
+    nearest = similarity.masked_fill(~known[:, None], -2).argmax(2)  # (B, K)
+    same = nearest == torch.arange(known.shape[1], device=known.device)
+    return same & known, known / known.sum(1, keepdim=True).clamp(min=1)
+
+
 @torch.no_grad()
 def probe(method, images, args, world, title):
     """On fixed views: draw OUTPUT_DIR/regions_<title>.png, print and return how often an object is found again.
 
-    Of each object in x1 (no cutout, no mask) the most similar region among all objects of all images in x2, by the mean
-    of res5: the share that is the same object, and the same for a guess. The networks are copies in training mode, so that
-    batch statistics are what the loss sees and nothing is changed. All processes compute the same (synchronised batch
-    norm waits for all); the first one draws.
+    Of each object in x1 the most similar of the image's objects in x2, by the mean of res5 of the student and the teacher:
+    the share that is the same object, and the same for a guess; up to K objects of an image, as they are, without jitter,
+    cutout and mask. The networks are copies in training mode, so that batch statistics are what the loss sees and nothing
+    is changed. All processes compute the same (synchronised batch norm waits for all); the first one draws.
     """
     method, views = copy.deepcopy(method), region_views(images, args)
-    places = [common.key_seed("picture", i) % len(images) for i in range(32)]
-    items = [images[place][0] for place in places]
+    items = [images[int(images.order[i % len(images)])][0] for i in range(32)]
     drawn = draw_batch(views, items, world.device, "picture", args.seed)
     inputs, similarity = method.see(drawn)
     if world.rank == 0:
         path = os.path.join(args.output_dir, f"regions_{title}.png")
         draw_regions(path, items[:6], inputs, drawn.mask_3 if args.depositioning else None, similarity)
 
-    student, teacher = [], []
+    plain = RegionViews(images, args.size, args.boxes, "none", "none", "none", args.seed)
+    hits, chances, objects = 0.0, 0.0, 0
     for first in range(0, 256 if args.demo else 32, 32):
         items = [images.probe(i) for i in range(first, first + 32)]
-        drawn = draw_batch(views, items, world.device, "probe", args.seed, first)
+        drawn = draw_batch(plain, items, world.device, "probe", args.seed, first)
         known = torch.arange(args.boxes, device=world.device) < drawn.found[:, None]  # (B, K), not the repeated ones
         with method.autocast():
-            seen_1 = online_encoder(method).features(common.normalise(drawn.view_1), drawn.boxes_1)  # (B, K, C)
-            seen_2 = method.key.features(common.normalise(drawn.view_2), drawn.boxes_2)
-        student.append(seen_1[known].float())
-        teacher.append(seen_2[known].float())
-    student, teacher = (F.normalize(torch.cat(x), dim=1) for x in (student, teacher))  # (N, C)
-    N = len(student)
-    same = (student @ teacher.T).argmax(1) == torch.arange(N, device=world.device) if N else student.new_zeros(1)
-    hits, chance = same.float().mean().item(), 1 / max(N, 1)
+            student = online_encoder(method).features(common.normalise(drawn.view_1), drawn.boxes_1)  # (B, K, C)
+            teacher = method.key.features(common.normalise(drawn.view_2), drawn.boxes_2)
+        hit, chance = found_again(student, teacher, known)
+        hits, chances, objects = hits + hit.sum().item(), chances + chance.sum().item(), objects + known.sum().item()
+    hits, chances = hits / max(objects, 1), chances / max(objects, 1)
     where = "objects of held-out scenes" if images.held_out else "regions of training images"
     print0(
-        f"{title} of training: {hits:.1%} of {N} {where} are nearest to themselves in the other view (chance {chance:.1%})"
+        f"{title} of training: {hits:.1%} of {objects} {where} are found again in another view (chance {chances:.1%})"
     )
-    return {"hits": hits, "chance": chance, "objects": N}
+    return {"hits": hits, "chance": chances, "objects": objects}
 
 
 COLOURS = ((255, 255, 255), (255, 176, 0), (64, 200, 255), (230, 60, 60), (110, 220, 90), (200, 120, 255))
@@ -925,17 +946,18 @@ CURVES = {
 FREE = ("data", "proposals", "output_dir", "demo", "steps", "workers", "print_freq", "save_every", "resume", "given")
 
 
-def open_data(args, world, stop):
-    """The images and their proposals; those of built-in scenes are made first if there are none.
+def with_proposals(args, images, world, stop):
+    """The images with their proposals; those of built-in scenes are made first if there are none.
 
     Errors:
-        UserError: see common.open_images, tools.proposals. SystemExit(0): after a signal; the next run goes on.
+        UserError: see common.make_output_dir, tools.proposals. SystemExit(0): after a signal; the next run goes on.
     """
     from tools import proposals
 
-    images, path = common.open_images(args.data, args.size, args.seed), args.proposals
+    path = args.proposals
     if path is None:
-        path = os.path.join(args.output_dir, "scenes.proposals")
+        common.make_output_dir(args.output_dir)
+        path = os.path.join(args.output_dir, f"scenes-{images.count}-{images.size}-{images.seed}.proposals")
         made = world.rank > 0 or proposals.make(images, path, workers=args.workers, stop=stop)
         if sum(common.agree(int(not made))):
             print0("stopped by a signal; the same command continues")
@@ -991,8 +1013,9 @@ def main(argv=None):
         args.amp = "bf16"
 
     # data -------------------------------------------------------------------------------------------------------------
-    images = open_data(args, world, stop_signal)
+    images = common.open_images(args.data, args.size, args.seed)
     fit_batch_and_queue(args, images, world)
+    images = with_proposals(args, images, world, stop_signal)
     epoch_steps = len(images) // args.batch_size
     total = args.epochs * epoch_steps
     last = total if args.steps is None else min(total, args.steps)

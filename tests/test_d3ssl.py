@@ -124,7 +124,10 @@ def test_colour_operations_and_their_shares(monkeypatch):
     monkeypatch.setattr(d3ssl.transforms, "ColorJitter", lambda *strength: note(f"jitter {strength}"))
     monkeypatch.setattr(d3ssl.TF, "rgb_to_grayscale", note("grey"))
     monkeypatch.setattr(d3ssl.TF, "hflip", note("flip"))
-    monkeypatch.setattr(Image.Image, "filter", lambda view, blur: seen.append("blur") or view)
+    radii = []
+    monkeypatch.setattr(
+        Image.Image, "filter", lambda view, blur: radii.append(blur.radius) or seen.append("blur") or view
+    )
     image, crop, runs = Image.new("RGB", (40, 40)), torch.tensor([0.0, 0, 40, 40]), []
     for i in range(500):
         seen.clear()
@@ -135,6 +138,7 @@ def test_colour_operations_and_their_shares(monkeypatch):
     assert all(run == [name for name in order if name in run] for run in runs)
     shares = [np.mean([name in run for run in runs]) for name in order]
     assert np.abs(np.array(shares) - (0.8, 0.2, 0.5, 0.5)).max() < 0.07
+    assert 0.1 <= min(radii) < 0.15 and 1.9 < max(radii) <= 2 and abs(np.mean(radii) - 1.05) < 0.1
 
 
 WHOLE = torch.tensor([0.0, 0, 200, 200])
@@ -449,6 +453,7 @@ FIELDS = Drawn._fields
         ({"cutout": "soco"}, {"keep_1", "keep_2"}),
         ({"prm": "none"}, {"keep_1", "keep_2"}),
         ({"prm": "erase"}, {"keep_1", "keep_2"}),
+        ({"jitter": "soco"}, {"boxes_1", "boxes_2", "keep_1", "keep_2", "shift", "mask_3"}),
         ({"jitter": "none"}, {"boxes_1", "boxes_2", "keep_1", "keep_2", "shift", "mask_3"}),
         ({"boxes": 3}, {"boxes_1", "boxes_2", "keep_1", "keep_2", "shift", "mask_3", "found"}),
     ],
@@ -470,6 +475,63 @@ def test_ablation_flags_change_what_they_name_and_nothing_else(flags, changed):
             assert torch.equal(before.keep_1[b][inside], after.keep_1[b][inside])
             if flags["prm"] == "none":
                 assert after.keep_1[b][~inside].all()
+
+
+def test_masks_lie_where_the_boxes_of_each_view_are():
+    """For x1 and for x2-s, whose boxes are half as large: PRC cuts inside boxes alone, PRM outside alone, both do."""
+    inside = lambda boxes, side: d3ssl.foreground_mask(boxes, side, side)  # noqa: E731
+    cut, hidden = batch_of(12, prm="none"), batch_of(12, cutout="none")
+    shares = []
+    for b in range(12):
+        for keep, boxes, side in (("keep_1", cut.boxes_1[b], SIZE), ("keep_2", cut.boxes_2[b] / 2, SIZE // 2)):
+            box = inside(boxes, side)
+            assert getattr(cut, keep)[b][~box].all() and getattr(hidden, keep)[b][box].all()
+            shares.append(
+                [1 - getattr(cut, keep)[b][box].float().mean(), 1 - getattr(hidden, keep)[b][~box].float().mean()]
+            )
+    shares = np.array(shares)
+    assert (shares[:, 0] > 0.1).all() and shares[:, 1].mean() > 0.3
+
+
+def test_soco_jitter_is_drawn_for_each_view_and_clipped():
+    plain, jittered = batch_of(12, jitter="none"), batch_of(12, jitter="soco")
+    for old, new in ((plain.boxes_1, jittered.boxes_1), (plain.boxes_2, jittered.boxes_2)):
+        sides = (new[..., 2:] - new[..., :2]) / (old[..., 2:] - old[..., :2])
+        assert (
+            sides.max() > 1.01 and (sides == 1).all(2).any()
+        )  # larger than before, which RBJ never is; some not at all
+        assert new.min() >= 0 and new.max() <= SIZE
+
+
+def test_draws_depend_on_epoch_image_and_seed_and_holes_of_x3_are_its_own():
+    class Same:
+        def __getitem__(self, index):
+            image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8))
+            return (image, some_boxes(6, 90, 0, least=40)), 0
+
+    first = views_of(images=Same())[0, 0]
+    assert all(
+        torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+        for a, b in zip(first, views_of(images=Same())[0, 0], strict=True)
+    )
+    for other in (views_of(images=Same())[1, 0], views_of(images=Same())[0, 1], views_of(images=Same(), seed=1)[0, 0]):
+        assert not any(torch.equal(a, b) for a, b in zip(first[:6], other[:6], strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        keys, drawing = [], common.drawing
+        patch.setattr(common, "drawing", lambda *key: keys.append(key) or drawing(*key))
+        views_of(images=Same())[0, 0]
+    assert len(keys) == len(set(keys)) == 12  # crop, boxes, 2 x (colour, jitter), 3 x cutout, 2 x mask, shift
+
+
+def test_regions_are_at_least_a_cell_in_both_views(monkeypatch):
+    seen, choose = [], d3ssl.choose_boxes
+    monkeypatch.setattr(d3ssl, "choose_boxes", lambda *a, **k: seen.append(k) or choose(*a, **k))
+    image = Image.new("RGB", (400, 300))
+    for i in range(20):
+        drawn = views_of(jitter="none", size=224).draw(image, some_boxes(30, 300, i, least=5), i)
+        for boxes in (drawn.boxes_1, drawn.boxes_2):
+            assert (boxes[:, 2:] - boxes[:, :2]).min() > 15.99
+    assert all(k == {"least": 16} for k in seen)
 
 
 def test_jitter_none_uses_the_boxes_as_they_are_and_views_have_draws_of_their_own():
@@ -533,6 +595,10 @@ def test_heads():
     for mlp, inputs in ((soco.query.encoder.projector, 512), (soco.query.predictor, 256), (soco.key.projector, 512)):
         assert [type(m).__name__ for m in mlp] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
         assert (mlp[0].in_features, mlp[0].out_features, mlp[3].out_features) == (inputs, 4096, 256)
+    normed = build("--mlp-norm").query.projector
+    assert [type(m).__name__ for m in normed] == ["Linear", "BatchNorm1d", "ReLU", "Linear"] and normed[
+        0
+    ].out_features == 512
     assert all((block.bn2.weight == 0).all() for block in soco.query.encoder.trunk.layer1)
     assert all((block.bn2.weight == 1).all() for block in build().query.trunk.layer1)
 
@@ -697,8 +763,9 @@ def test_a_batch_without_any_proposal_trains_on():
 
 def test_health_values_against_a_count():
     drawn, z = batch_of(6), units(6, 4, 8)
-    stuck = drawn.boxes_2.clone()
-    stuck[2] = torch.tensor([0.0, 0, SIZE, SIZE])
+    stuck = torch.tensor([10.0, 10, 40, 40]).repeat(6, 4, 1)
+    stuck[2] = torch.tensor([3.0, 8, SIZE - 12, SIZE - 7])  # 15 pixels of play along both axes: less than a cell
+    stuck[3] = torch.tensor([3.0, 8, SIZE - 13, SIZE - 7])  # 16 along x
     drawn = drawn._replace(boxes_2=stuck, found=torch.tensor([4, 0, 3, 4, 1, 0]))
     values = d3ssl.health(drawn, SIZE, z)
     assert values["proposals"] == 2 and values["empty"].item() == pytest.approx(2 / 6)
@@ -718,7 +785,7 @@ def test_losses_and_bank_stay_in_fp32_under_amp(monkeypatch):
 def test_soco_iteration_by_hand(monkeypatch):
     """The same views to the same networks; predictions against projections, both ways; momentum 0.99 rising to 1."""
     drawn = batch_of(6)
-    for step, momentum in ((0, 0.99), (5, 0.995), (10, 1.0)):
+    for step, momentum in ((0, 0.99), (2, 0.9909549), (10, 1.0)):
         method = build("--framework", "soco")
         with torch.no_grad():
             for p in method.key.parameters():
@@ -736,7 +803,7 @@ def test_soco_iteration_by_hand(monkeypatch):
     p_1, p_2 = (p.flatten(0, 1) for p in method.query(inputs.x1, inputs.x2_s))
     z_1, z_2 = (z.flatten(0, 1) for z in method.key(inputs.x1, inputs.x2))
     cosine = lambda a, b: (F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1).mean()  # noqa: E731
-    assert loss.item() == pytest.approx(float(-2 * cosine(p_1, z_2) - 2 * cosine(p_2, z_1)), rel=1e-3)
+    assert loss.item() == pytest.approx((-2 * cosine(p_1, z_2) - 2 * cosine(p_2, z_1)).item(), rel=1e-3)
     loss.backward()
     assert all(p.grad is None for p in method.key.parameters())
     assert all(p.grad is not None for p in method.query.parameters())
@@ -755,6 +822,137 @@ def test_see_shows_what_the_networks_compare():
         for b, i, j in itertools.product(range(6), range(4), range(4)):
             want = F.cosine_similarity(student[b, i], teacher[b, j], dim=0)
             assert similarity[b, i, j].item() == pytest.approx(want.item(), abs=1e-3)
+
+
+def test_found_again_against_a_loop():
+    student, teacher = torch.randn(5, 4, 6), torch.randn(5, 4, 6)
+    teacher[:3] = student[:3] + 0.3 * teacher[:3]
+    known = torch.arange(4) < torch.tensor([4, 3, 1, 2, 0])[:, None]
+    same, chance = d3ssl.found_again(student * 3, teacher, known)
+    count = 0
+    for b, n in enumerate((4, 3, 1, 2, 0)):
+        for k in range(4):
+            if k >= n:
+                assert not same[b, k] and chance[b, k] == 0  # a repeated box is no object
+                continue
+            cosines = [F.cosine_similarity(student[b, k], teacher[b, j], dim=0) for j in range(n)]
+            assert same[b, k] == (int(np.argmax(cosines)) == k) and chance[b, k].item() == pytest.approx(1 / n)
+            count += int(same[b, k])
+    assert same.sum() == count > 6
+
+
+class Told(nn.Module):
+    """A method whose features tell which box of the image they are of: where its proposal lies, from what the view shows."""
+
+    autocast = staticmethod(lambda: torch.autocast("cpu", enabled=False))
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.BatchNorm2d(3))
+        self.calls = []
+        for name in ("query", "key"):
+            getattr(self, name).features = lambda x, boxes, name=name: self.features(name, x, boxes)
+
+    def features(self, name, x, boxes):
+        """Mean coordinates of each box, from a view of a coordinate image, as a direction."""
+        self.calls.append((name, x, boxes, getattr(self, name).training))
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (common.PIXEL_MEAN, common.PIXEL_STD))
+        shown = (x * std + mean)[:, :2]
+        place = torch.stack([
+            torch.stack([shown[b][(slice(None), *d3ssl.pixel_slices(box, *x.shape[2:]))].mean((1, 2)) for box in own])
+            for b, own in enumerate(boxes)
+        ])  # fmt: skip
+        angle = 3 * place
+        return torch.cat([angle.cos(), angle.sin()], 2)
+
+    def see(self, drawn):
+        self.seen = drawn
+        return "inputs", "similarity"
+
+
+def test_probe_finds_objects_that_the_features_tell(no_colours, monkeypatch, tmp_path):
+    """Hits near 1 with a stub that sees where a box lies; unjittered boxes and clean views to the right networks in training
+    mode; padding does not count; nothing of the method is changed."""
+
+    class Coordinates:
+        held_out, order = True, torch.arange(40)
+
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            return (coordinate_image(128, 128), some_boxes(5, 128, index, least=40)), 0
+
+        def probe(self, index):
+            return coordinate_image(128, 128), some_boxes(2 + index % 2, 128, index, least=40)
+
+    drawn_at = []
+    monkeypatch.setattr(d3ssl, "draw_regions", lambda *a: drawn_at.append(a))
+    method = Told()
+    monkeypatch.setattr(d3ssl.copy, "deepcopy", lambda x: copies.append(x) or x)
+    copies = []
+    args = d3ssl.get_args(["--data", "scenes", "--size", "96", "--output-dir", str(tmp_path)])
+    world = common.World(0, 1, 0, torch.device("cpu"))
+    first = d3ssl.probe(method, Coordinates(), args, world, "start")
+    calls = [*method.calls]
+    assert copies == [method] and d3ssl.probe(method, Coordinates(), args, world, "end") == first  # fixed views
+    assert first["hits"] > 0.93 and 0.33 < first["chance"] < 0.6 and 60 < first["objects"] <= 80
+    (name_1, x1, boxes_1, training_1), (name_2, x2, boxes_2, training_2) = calls
+    assert (name_1, name_2, training_1, training_2) == ("query", "key", True, True)
+    plain = views_of(size=96, cutout="none", jitter="none", prm="none")
+    want = d3ssl.draw_batch(plain, [Coordinates().probe(i) for i in range(32)], "cpu", "probe", 0, 0)
+    assert torch.equal(boxes_1, want.boxes_1) and torch.equal(x1, common.normalise(want.view_1))
+    assert torch.equal(boxes_2, want.boxes_2) and torch.equal(x2, common.normalise(want.view_2))
+    assert first["objects"] == int(want.found.sum())
+    path, items, *_ = drawn_at[0]
+    assert path.endswith("regions_start.png") and drawn_at[1][0].endswith("regions_end.png") and len(items) == 6
+
+
+def test_picture_shows_each_view_with_its_boxes_and_the_mask(tmp_path):
+    """Plain views: the panels' colours, a box's colour at its edge in each of them, the mask, the similarities."""
+    side, gap = 176, 6
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (common.PIXEL_MEAN, common.PIXEL_STD))
+    shades = dict(x1=0.2, x2=0.4, x2_s=0.6, x3=0.8)
+    boxes = {name: torch.tensor([[[20.0, 30, 60, 70]]]) + 3 * i for i, name in enumerate(shades)}
+    boxes["x2_s"] = boxes["x2_s"] / 2
+    views = {
+        name: (((shade - mean) / std).expand(1, 3, *([44] * 2 if name == "x2_s" else [88] * 2)), boxes[name])
+        for name, shade in shades.items()
+    }
+    mask = torch.zeros(1, 88, 88, dtype=torch.bool)
+    mask[0, 44:] = True
+    similarity = torch.tensor([[[0.9, 0.1], [0.3, 0.5]]])
+    item = (Image.new("RGB", (50, 100), (9, 9, 99)), torch.tensor([[10.0, 20, 40, 60]]))
+    for given, columns in ((mask, 7), (None, 5)):
+        d3ssl.draw_regions(tmp_path / "x.png", [item], d3ssl.Inputs(**views), given, similarity)
+        sheet = Image.open(tmp_path / "x.png")
+        at = lambda column, x, y: sheet.getpixel((gap + column * (side + gap) + round(x), 20 + round(y)))  # noqa: B023, E731
+        assert sheet.size == (columns * (side + gap) + gap, side + gap + 20)
+        assert at(0, 170, 170) == (9, 9, 99) and at(0, 10 * side / 50 + 1, 40 * side / 100) == (255, 255, 160)
+        for column, (name, shade) in enumerate(shades.items(), 1):
+            if given is None and name == "x3":
+                break
+            zoom = side / (44 if name == "x2_s" else 88)
+            x0, y0, x1, y1 = (boxes[name][0, 0] * zoom).tolist()
+            assert at(column, 170, 170) == (round(255 * shade),) * 3
+            for x, y in ((x0, (y0 + y1) / 2), (x1 - 1, (y0 + y1) / 2), ((x0 + x1) / 2, y0), ((x0 + x1) / 2, y1 - 1)):
+                assert at(column, x, y) == (255, 255, 255), name
+            assert at(column, x0 - 3, y0 - 3) == (round(255 * shade),) * 3
+        if given is not None:
+            assert at(5, 88, 80) == (0, 0, 0) and at(5, 88, 96) == (255, 255, 255)
+        brightness = [sum(at(columns - 1, x, y)[:2]) for y in (44, 132) for x in (44, 132)]
+        assert np.argsort(brightness).tolist() == [1, 2, 3, 0]  # rows: the student's regions
+
+
+def test_both_encoders_start_from_given_weights(tmp_path):
+    weights = torchvision.models.resnet18().state_dict()
+    torch.save(weights, tmp_path / "resnet18.pth")
+    for flags in ((), ("--framework", "soco")):
+        args = d3ssl.get_args(["--data", "scenes", "--arch", "resnet18", *flags])
+        args.queue_size = 8
+        method = d3ssl.build(args, common.World(0, 1, 0, torch.device("cpu")), 9, str(tmp_path / "resnet18.pth"))
+        for encoder in (d3ssl.online_encoder(method), method.key):
+            assert all(torch.equal(tensor, weights[name]) for name, tensor in encoder.trunk.state_dict().items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -803,6 +1001,7 @@ def test_held_out_scenes_come_with_their_objects():
     from tools.scenes import make_scene
 
     data = d3ssl.WithProposals(common.Scenes(7, 48, 3), type("All", (FakeProposals,), {"check": lambda *_: None})())
+    assert data.order.sort().values.tolist() == list(range(7))  # pictures show each image once
     image, boxes = data.probe(2)
     scene = make_scene(3, 9, 48)  # beyond the seven that are trained on
     assert np.array_equal(np.asarray(image), scene["image"]) and boxes.tolist() == scene["boxes"].tolist()
@@ -811,9 +1010,9 @@ def test_held_out_scenes_come_with_their_objects():
 DEFAULTS = dict(
     framework="moco", boxes=4, cutout="prc", jitter="rbj", prm="keep", depositioning=True, temperature=0.2, dim=128,
     queue_size=65536, bank="augmented", ema=0.999, arch="resnet50", size=224, group_size=32, epochs=800, batch_size=256,
-    lr=0.3, momentum=0.9, weight_decay=1e-4, amp="none", seed=0, init=None, steps=None,
+    lr=0.3, mlp_norm=False, momentum=0.9, weight_decay=1e-4, amp="none", seed=0, init=None, steps=None,
 )  # fmt: skip
-SOCO = dict(cutout="soco", jitter="none", prm="none", depositioning=False, ema=0.99, dim=256)
+SOCO = dict(cutout="soco", jitter="none", prm="none", depositioning=False, ema=0.99, dim=256, mlp_norm=True)
 BASE = ["--data", "x", "--proposals", "y"]
 
 
@@ -824,7 +1023,13 @@ def test_defaults():
     table_6 = d3ssl.get_args([*BASE, *"--framework soco --cutout prc --jitter rbj --prm".split()])
     assert (table_6.cutout, table_6.jitter, table_6.prm, table_6.depositioning) == ("prc", "rbj", "keep", False)
     demo = d3ssl.get_args(["--demo", "--arch", "resnet34"])
-    assert (demo.data, demo.arch, demo.size, demo.batch_size, demo.proposals) == ("scenes", "resnet34", 136, 64, None)
+    assert (demo.data, demo.arch, demo.size, demo.batch_size, demo.proposals) == (
+        "scenes:2048",
+        "resnet34",
+        136,
+        64,
+        None,
+    )
     soco = d3ssl.get_args(["--demo", "--framework", "soco", "--ema", "0.9"])
     assert (soco.cutout, soco.ema, soco.dim, soco.size) == ("soco", 0.9, 256, 136)
 
@@ -882,21 +1087,25 @@ def test_yardsticks():
         )
 
 
+LIFTED = {  # as README's table has it: what each piece needs
+    "proposal_cutout": "pixel_slices", "proposal_mask": "pixel_slices foreground_mask", "restricted_jitter": "",
+    "soco_cutout": "pixel_slices", "soco_jitter": "", "foreground_mask": "pixel_slices", "shift_range": "", "compose": "",
+    "choose_boxes": "boxes_in_view", "boxes_in_view": "", "flip_boxes": "", "other_images": "",
+    "region_contrastive_loss": "negative_logsumexp NegativeLogSumExp",
+}  # fmt: skip
+
+
 def test_pieces_work_alone(monkeypatch):
-    """The source of each piece that a reader would lift out, with only libraries in scope, passes the same oracles."""
-    names = "foreground_mask pixel_slices proposal_cutout proposal_mask restricted_jitter soco_cutout soco_jitter shift_range "
-    names += "compose boxes_in_view flip_boxes choose_boxes region_contrastive_loss negative_logsumexp NegativeLogSumExp other_images"
-    names = names.split()
-    for name, alone in zip(sorted(names, key=names.index), lifted("d3ssl.py", *names), strict=False):
-        assert alone.__name__ in names and name
-    scope = {piece.__name__: piece for piece in lifted("d3ssl.py", *names)}
-    for name in names:
-        monkeypatch.setattr(d3ssl, name, scope[name])
+    """The source of each piece with what README says it needs, and only libraries in scope, passes the same oracles."""
+    for name, others in LIFTED.items():
+        pieces = {piece.__name__: piece for piece in lifted("d3ssl.py", name, *others.split())}
+        monkeypatch.setattr(d3ssl, name, pieces[name])
     test_prc_against_sets_of_pixels()
     test_prm_shows_background_from_all_sides_and_never_touches_boxes()
     test_rbj_stays_inside_and_is_never_larger()
     test_soco_jitter_moves_every_second_box_by_a_tenth()
     test_soco_cutout_is_a_square_in_every_second_box()
+    test_foreground_mask_against_pixel_centres()
     test_shift_range_by_trying_all_shifts()
     test_composition_moves_pixels_by_exactly_t()
     test_boxes_wholly_inside_the_crop_come_first()

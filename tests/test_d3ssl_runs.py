@@ -30,6 +30,9 @@ from tools import proposals
 SOCO = [flag for flag in TINY if flag not in ("--queue-size", "24", "--group-size", "4")] + ["--framework", "soco"]
 
 
+SCENES = "scenes-32-64-0.proposals"
+
+
 def train(*flags):
     """The script within this process, which saves the seconds that a new interpreter needs to import torch."""
     d3ssl.main([str(flag) for flag in flags])
@@ -54,7 +57,7 @@ def folder_of_images(tmp_path_factory):
 def test_outputs(finished):
     folder, text = finished
     pictures = {"curves.png", "regions_start.png", "regions_end.png"}
-    files = {"checkpoint.pth", "resnet18.pth", "log.jsonl", "scenes.proposals", *pictures}
+    files = {"checkpoint.pth", "resnet18.pth", "log.jsonl", SCENES, *pictures}
     assert set(os.listdir(folder)) == files and all(name in text.splitlines()[-1] for name in files)
     for name in pictures:
         assert min(Image.open(folder / name).size) > 200
@@ -63,7 +66,7 @@ def test_outputs(finished):
     assert [line["step"] for line in steps] == [2, 4, 6, 8]
     for line in (start, end):
         assert 0 <= line["probe"]["hits"] <= 1 and line["probe"]["objects"] > 50
-        assert line["probe"]["chance"] == pytest.approx(1 / line["probe"]["objects"])
+        assert 0.25 <= line["probe"]["chance"] < 0.7
     values = "loss loss_dc loss_dp proposals empty shift stuck std lr bad_images loss_chance std_spread images_per_s data_share"
     assert all(set(values.split()) <= line.keys() for line in steps)
     for line in steps:
@@ -72,7 +75,7 @@ def test_outputs(finished):
     state = checkpoint(folder)
     assert state["script"] == "d3ssl" and state["model"]["bank.pointer"].item() == 8 * 8 * 4 % 24
     for title in ("start", "end"):
-        assert f"{title} of training: " in text and "objects of held-out scenes are nearest to themselves" in text
+        assert f"{title} of training: " in text and "objects of held-out scenes are found again in another view" in text
     backbone = torch.load(folder / "resnet18.pth")
     result = torchvision.models.resnet18().load_state_dict(backbone, strict=False)
     assert (result.missing_keys, result.unexpected_keys) == (["fc.weight", "fc.bias"], [])
@@ -119,7 +122,7 @@ def test_killed_at_random_instants(finished, tmp_path):
     rng = random.Random(1)
     flags = [*TINY, "--output-dir", str(tmp_path), "--save-every", "1", "--print-freq", "1"]
     process = subprocess.Popen(command("d3ssl.py", *flags), start_new_session=True, stdout=subprocess.DEVNULL)
-    unfinished = tmp_path / "scenes.proposals.partial"
+    unfinished = tmp_path / "scenes-32-64-0.proposals.partial"
     while process.poll() is None and not (unfinished.exists() and unfinished.stat().st_size > 1000):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
@@ -128,7 +131,7 @@ def test_killed_at_random_instants(finished, tmp_path):
         code, _ = signal_after("d3ssl.py", *flags, line=line, number=signal.SIGKILL)
         assert code in (-signal.SIGKILL, 0)
     run("d3ssl.py", *flags)
-    assert (tmp_path / "scenes.proposals").read_bytes() == (folder / "scenes.proposals").read_bytes()
+    assert (tmp_path / SCENES).read_bytes() == (folder / SCENES).read_bytes()
     for name in ("model", "optimizer", "step"):
         assert_same(checkpoint(tmp_path)[name], checkpoint(folder)[name])
     assert [line["step"] for line in log_lines(tmp_path) if "loss" in line] == list(range(1, 9))
@@ -162,6 +165,8 @@ def test_bad_input_in_one_clear_line(finished, folder_of_images, tmp_path):
         (["--data", tmp_path / "none", "--proposals", path], "no such folder"),
         (["--data", "scenes:32", "--output-dir", folder, "--cutout", "none"], "cutout 'prc' -> 'none'"),
         (["--data", "scenes:32", "--output-dir", folder, "--boxes", "3"], "boxes 4 -> 3"),
+        (["--data", "scenes:32", "--output-dir", folder / "log.jsonl"], "--output-dir .*log.jsonl: File exists"),
+        (["--data", "scenes:32", "--batch-size", "64"], "32 images are fewer than --batch-size 64"),
     ):
         with pytest.raises(common.UserError, match=words) as error:
             train(*base, "--output-dir", tmp_path / "out", *flags)
@@ -177,7 +182,7 @@ def test_bad_input_in_one_clear_line(finished, folder_of_images, tmp_path):
     ],
 )
 def test_variants_run(flags, finished, tmp_path):
-    base, scenes = (SOCO if "soco" in flags else TINY), finished[0] / "scenes.proposals"
+    base, scenes = (SOCO if "soco" in flags else TINY), finished[0] / SCENES
     train(*base, *flags.split(), "--steps", "2", "--output-dir", tmp_path, "--proposals", scenes)
     (line,) = (line for line in log_lines(tmp_path) if "loss" in line)
     assert line["step"] == 2 and ("loss_dp" in line) == ("erase" in flags) and -4 < line["loss"] < 20
