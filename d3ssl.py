@@ -577,7 +577,7 @@ def negative_logsumexp(q, queue, temperature, elements=2**24):
 def region_contrastive_loss(z, positive, bank, temperature):
     """PAPER: Eq. 5, L_nce, and Eq. 10's mean over regions: the positive is in the denominator, too.
 
-    PAPER: D14. Negatives come from the bank alone: other regions of the image are none.
+    Negatives come from the bank alone, as printed: other regions of the batch are none.
 
     Args:
         z, positive: (..., D), the second without gradient. bank: (M, D). temperature: tau.
