@@ -15,6 +15,7 @@ from helpers import ROOT, log_lines, run, write_images
 import common
 import resim
 from common import ResNetTrunk
+from tools import proposals
 
 README = (ROOT / "README.md").read_text()
 METHODS = ["setsim.py", "resim.py", "d3ssl.py"]
@@ -53,6 +54,13 @@ def test_every_command_of_the_readme_parses():
     for words in commands():
         script, flags = script_and_flags(words)
         module(script).get_args(flags)  # raises for an unknown flag or a setting that makes no sense
+
+
+def test_every_command_of_the_readme_for_proposals_parses():
+    found = re.findall(r"python -m tools\.proposals ([^`\n]*)", README)
+    assert len(found) >= 4
+    for words in found:
+        proposals.get_args(shlex.split(words))
 
 
 def titles(method):
@@ -168,6 +176,9 @@ def test_commands_of_the_readme_run(words, tmp_path, monkeypatch):
         weights = ResNetTrunk("resnet18").state_dict()
         monkeypatch.setattr("common.load_backbone", lambda source, arch: (weights, f"{source}"))  # imagenet: offline
         flags[flags.index("--data") + 1] = str(folder)
+        if script == "d3ssl.py":
+            flags[flags.index("--proposals") + 1] = str(tmp_path / "boxes")
+            proposals.make(common.open_images(str(folder), 0, 0), str(tmp_path / "boxes"))
         module(script).main([*flags, *"--arch resnet18 --size 64 --batch-size 8 --workers 0".split()])
     lines = log_lines(tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == [3] and lines[-1]["probe"]["hits"] >= 0
