@@ -456,7 +456,7 @@ def test_curves_are_drawn(tmp_path):
 WORKER = """
 import sys, torch
 sys.path.insert(0, {root!r})
-import common, {script} as script
+import common, setsim, resim, d3ssl
 torch.set_num_threads(1)
 world = common.start_processes()
 share = 16 // world.size
@@ -470,73 +470,79 @@ assert torch.equal(common.unshuffle(dealt, permutation), x[mine])
 assert common.agree(world.rank, 1) == [sum(range(world.size)), world.size]
 assert common.mean_over_processes(torch.tensor([world.rank * 2.0])).item() == world.size - 1
 
-flags = "--data x --arch resnet18 --size 64 --batch-size 16 --group-size 4 --queue-size 24 --dim 16 --lr 0.5 {flags}"
-args = script.get_args(flags.split())
-method = script.build(args, world{total}).double()
 torch.Tensor.float = torch.Tensor.double  # rounding would hide small differences
-network = method.query if world.size == 1 else torch.nn.parallel.DistributedDataParallel(method.query)
-optimizer = torch.optim.SGD(method.query.parameters(), 0.05, momentum=0.9)
-script.common.normalise, normal = (lambda images: normal(images).double()), common.normalise
-rng = torch.Generator().manual_seed(0)
-for step in range(2):
-    views = torch.randint(0, 256, (2, 16, 3, 8, 8), generator=rng, dtype=torch.uint8).repeat_interleave(8, 3).repeat_interleave(8, 4)
-    {iteration}
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-means = dict(zip(values, common.mean_over_processes(torch.stack(list(values.values()))).tolist()))
-state = {{name: tensor for name, tensor in method.state_dict().items() if "running" not in name and "tracked" not in name}}
-gradients = {{name: p.grad for name, p in method.query.named_parameters()}}
-torch.save((state, gradients, means), {out!r} + f"/{{world.size}}_{{world.rank}}.pth")
-if world.size > 1: torch.distributed.destroy_process_group()
-"""
+normal = common.normalise
+common.normalise = lambda images: normal(images).double()
 
 
-TWO_VIEWS = """
-    places = torch.rand(2, 16, 4, generator=rng, dtype=torch.float64) {scale}
-    loss, values = method(network, views[0][mine], views[1][mine], places[0][mine], places[1][mine], step, world.rank)
-"""
-REGIONS = """
-    corner = torch.rand(2, 16, 4, 2, generator=rng, dtype=torch.float64) * 24
+def images(rng):
+    return torch.randint(0, 256, (2, 16, 3, 8, 8), generator=rng, dtype=torch.uint8).repeat_interleave(8, 3).repeat_interleave(8, 4)
+
+
+def two_views(method, network, rng, step):
+    views, places = images(rng), torch.rand(2, 16, 4, generator=rng, dtype=torch.float64)
+    if isinstance(method, resim.ReSimMoCo):
+        places = places * 40 + torch.tensor([0, 0, 80, 80])  # in pixels
+    return method(network, views[0][mine], views[1][mine], places[0][mine], places[1][mine], step, world.rank)
+
+
+def regions(method, network, rng, step):
+    views, corner = images(rng), torch.rand(2, 16, 4, 2, generator=rng, dtype=torch.float64) * 24
     boxes = torch.cat([corner, corner + 20 + 20 * torch.rand(2, 16, 4, 2, generator=rng, dtype=torch.float64)], 3)
     keep = torch.rand(2, 16, 64, 64, generator=rng) < 0.7
-    shift = script.shift_range(boxes[1], 64)[0] // 2
+    shift = d3ssl.shift_range(boxes[1], 64)[0] // 2
     found = torch.randint(0, 5, (16,), generator=rng)
-    drawn = script.Drawn(*views, *boxes, keep[0], keep[0, :, ::2, ::2], shift, keep[1], found)
-    loss, values = method(network, script.Drawn(*(x[mine] for x in drawn)), step)
+    drawn = d3ssl.Drawn(*views, *boxes, keep[0], keep[0, :, ::2, ::2], shift, keep[1], found)
+    return method(network, d3ssl.Drawn(*(x[mine] for x in drawn)), step)
+
+
+for number, (name, flags) in enumerate({cases!r}):
+    script = dict(setsim=setsim, resim=resim, d3ssl=d3ssl)[name]
+    base = "--data x --arch resnet18 --size 64 --batch-size 16 --group-size 4 --queue-size 24 --dim 16 --lr 0.5"
+    args = script.get_args([*base.split(), *flags.split()])
+    method = script.build(args, world, *([9] if name == "d3ssl" else [])).double()
+    network = method.query if world.size == 1 else torch.nn.parallel.DistributedDataParallel(method.query)
+    optimizer = torch.optim.SGD(method.query.parameters(), 0.05, momentum=0.9)
+    rng = torch.Generator().manual_seed(0)
+    for step in range(2):
+        loss, values = (regions if name == "d3ssl" else two_views)(method, network, rng, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    means = dict(zip(values, common.mean_over_processes(torch.stack(list(values.values()))).tolist()))
+    state = {{key: x for key, x in method.state_dict().items() if "running" not in key and "tracked" not in key}}
+    gradients = {{key: p.grad for key, p in method.query.named_parameters()}}
+    torch.save((state, gradients, means), {out!r} + f"/{{number}}_{{world.size}}_{{world.rank}}.pth")
+if world.size > 1: torch.distributed.destroy_process_group()
 """
-CROPS = "* 40 + torch.tensor([0, 0, 80, 80])"  # in pixels, for resim.py
 WINDOWS = "--window 16 12 --stride 16 12"
+CASES = [
+    ("setsim", "--symmetric --geometry 0.5"),
+    ("resim", WINDOWS),
+    ("resim", f"{WINDOWS} --preset official"),
+    ("d3ssl", "--proposals x"),
+]
 
 
-@pytest.mark.parametrize(
-    "script, flags, iteration",
-    [
-        ("setsim", "--symmetric --geometry 0.5", TWO_VIEWS.format(scale="")),
-        ("resim", WINDOWS, TWO_VIEWS.format(scale=CROPS)),
-        ("resim", f"{WINDOWS} --preset official", TWO_VIEWS.format(scale=CROPS)),
-        ("d3ssl", "--proposals x", REGIONS),
-    ],
-    ids=["setsim", "resim", "resim official", "d3ssl"],
-)
-def test_one_process_equals_two(script, flags, iteration, tmp_path):
+@pytest.fixture(scope="module")
+def one_and_two_processes(tmp_path_factory):
+    """The folder of what each case left, trained in one process and in two."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), out=str(folder), cases=CASES))
+    for n in (0, 2):
+        done = subprocess.run(command(folder / "worker.py", processes=n), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[" ".join(case) for case in CASES])
+def test_one_process_equals_two(number, one_and_two_processes):
     """Weights, gradients, queues, logged values: 16 images in one process or 8 in each of two, groups of 4, two steps.
 
     ReSim's P4 negatives are gathered over both, P3's are the group's own; D3SSL's backgrounds, too.
     """
-    total = ", 9" if script == "d3ssl" else ""
-    code = WORKER.format(
-        root=str(ROOT), out=str(tmp_path), script=script, flags=flags, total=total, iteration=iteration.strip()
-    )
-    (tmp_path / "worker.py").write_text(code)
-    runs = [
-        subprocess.Popen(command(tmp_path / "worker.py", processes=n), stderr=subprocess.PIPE, text=True)
-        for n in (0, 2)
-    ]
-    for process in runs:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
-    one, first, second = (torch.load(tmp_path / name) for name in ("1_0.pth", "2_0.pth", "2_1.pth"))
+    (script, flags), folder = CASES[number], one_and_two_processes
+    one, first, second = (torch.load(folder / f"{number}_{name}.pth") for name in ("1_0", "2_0", "2_1"))
     for other in (first, second):
         torch.testing.assert_close(other[0], one[0], rtol=1e-7, atol=1e-9)  # double precision, sums in another order
         torch.testing.assert_close(other[1], one[1], rtol=1e-5, atol=1e-9)

@@ -165,10 +165,11 @@ IN_BLOCKS = [words for i, words in enumerate(IN_BLOCKS) if words not in IN_BLOCK
 @pytest.mark.slow
 @pytest.mark.parametrize("words", IN_BLOCKS, ids=" ".join)
 def test_commands_of_the_readme_run(words, tmp_path, monkeypatch):
-    """The commands in code blocks for three steps; folders that a test has not are replaced, and made small."""
+    """The commands in code blocks for three steps; scenes, and folders that a test has not, are made small."""
     script, flags = script_and_flags(words)
     flags = [*flags, "--steps", "3", "--output-dir", str(tmp_path / "run")]
     if "--demo" in flags:
+        flags += "--data scenes:192 --size 64".split()
         processes = int(words[words.index("--nproc_per_node") + 1]) if words[0] == "torchrun" else 0
         run(script, *flags, processes=processes)
     else:
