@@ -53,7 +53,7 @@ from common import UserError, print0
 SOCO = dict(cutout="soco", jitter="none", prm="none", depositioning=False, ema=0.99, dim=256, mlp_norm=True)
 SOCO_HIDDEN = 4096  # OFFICIAL: D39. Width of its projector and predictor
 DEMO = dict(
-    data="scenes:2048", arch="resnet18", size=136, batch_size=64, epochs=2, lr=0.15, queue_size=2048, ema=0.9,
+    data="scenes:2048", arch="resnet18", size=136, batch_size=64, epochs=2, lr=0.15, queue_size=512, ema=0.9,
     temperature=0.1, mlp_norm=True,
 )  # fmt: skip
 
@@ -449,7 +449,7 @@ class WithProposals:
     def __init__(self, images, proposals):
         self.images, self.proposals, self.rows = images, proposals, proposals.check(images)
         self.held_out, self.name = images.held_out, images.name
-        self.order = torch.randperm(len(images), generator=common.generator("probe"))
+        self.order = torch.randperm(len(images), generator=common.generator("probe"))  # whom pictures and probe show
 
     def __len__(self):
         return len(self.images)
