@@ -897,9 +897,9 @@ def draw_regions(path, items, inputs, mask, similarity):
             None if there is no x3. similarity: (., K, K), cosines.
     """
     side, gap = 176, 6
-    views = {"x1, PRC and PRM": inputs.x1, "x2, clean, to the teacher": inputs.x2, "x2-s, PRC and PRM": inputs.x2_s}
+    views = {"x1, to both": inputs.x1, "x2, clean, to the teacher": inputs.x2, "x2-s, to the student": inputs.x2_s}
     if mask is not None:
-        views["x3, composed, moved"] = inputs.x3
+        views["x3, composed, to the student"] = inputs.x3
     titles = ["proposals", *views, *(["mask of x3, cut"] if mask is not None else []), "similarity to x2's regions"]
     canvas = Image.new("RGB", (len(titles) * (side + gap) + gap, len(items) * (side + gap) + 20), "white")
     draw = ImageDraw.Draw(canvas)

@@ -18,6 +18,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import roi_align
 
@@ -180,28 +181,20 @@ def prroi(repeat):
 def regions(repeat, arch, size, batch):
     """Region-level augmentations of a batch (one core, all views), composing x3 (on the device), and an iteration."""
     rng = torch.Generator().manual_seed(0)
-    corner = torch.rand(batch, 4, 2, generator=rng) * size / 2
-    boxes = torch.cat([corner, corner + size / 8 + torch.rand(batch, 4, 2, generator=rng) * size / 4], 2)
+    corner = torch.rand(batch, 20, 2, generator=rng) * size / 2
+    proposals = torch.cat([corner, corner + size / 8 + torch.rand(batch, 20, 2, generator=rng) * size / 4], 2)
+    items = [(Image.new("RGB", (size, size)), boxes) for boxes in proposals]
     args = d3ssl.get_args(f"--data x --proposals x --arch {arch} --size {size} --batch-size {batch}".split())
     method = d3ssl.build(args, common.World(0, 1, 0, torch.device("cpu")), 1)
     optimizer = torch.optim.SGD(method.query.parameters(), 0.01, momentum=0.9)
     views = torch.randint(0, 256, (2, batch, 3, size, size), generator=rng, dtype=torch.uint8)
+    d3ssl.distorted_view = lambda image, crop, size: (
+        views[0, 0],
+        False,
+    )  # any method draws its views; the rest is timed
 
     def augment():
-        """What RegionViews.draw does with boxes once the views are there."""
-        drawn = []
-        for own in boxes:
-            one, two = d3ssl.restricted_jitter(own), d3ssl.restricted_jitter(own)
-            keeps = []
-            for where, side in ((one, size), (two / 2, size // 2)):
-                whole = torch.ones(side, side, dtype=torch.bool)
-                keeps.append(d3ssl.proposal_mask(d3ssl.proposal_cutout(whole, where), where))
-            least, most = d3ssl.shift_range(two, size)
-            shift = least + (torch.rand(2) * (most - least + 1)).long()
-            moved = two + shift.repeat(2)
-            mask = d3ssl.proposal_cutout(d3ssl.foreground_mask(moved, size, size), moved)
-            drawn.append((one, two, *keeps, shift, mask, torch.tensor(4)))
-        return d3ssl.Drawn(*views, *(torch.stack(x) for x in zip(*drawn, strict=True)))
+        return d3ssl.draw_batch(d3ssl.region_views(None, args), items, "cpu", "bench")
 
     def step():
         loss, _ = method(method.query, drawn, 0)
@@ -209,7 +202,7 @@ def regions(repeat, arch, size, batch):
         loss.backward()
         optimizer.step()
 
-    drawn = augment()
+    drawn = augment()._replace(view_1=views[0], view_2=views[1])
     others = d3ssl.other_images(batch, 32, 0.5)
     work = {
         "augment": augment,
@@ -223,9 +216,8 @@ def regions(repeat, arch, size, batch):
             started = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - started)
-    rows = [dict(zip(seconds, row, strict=True)) for row in zip(*seconds.values(), strict=True)][
-        1:
-    ]  # the first warms up
+    rounds = [*zip(*seconds.values(), strict=True)][1:]  # the first warms up
+    rows = [dict(zip(seconds, values, strict=True)) for values in rounds]
     shares = [(r["augment"] + r["compose"] - r["normalise"]) / r["iteration"] for r in rows]
     print(
         "; ".join(f"{name} {statistics.median(r[name] for r in rows):.3f} s" for name in work)
