@@ -305,7 +305,7 @@ def read_image(path):
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def list_images(root):
+def list_images(root, flag="--data"):
     """Relative paths of all images below a folder, sorted; hidden files are passed over, links are followed once.
 
     Errors:
@@ -316,7 +316,7 @@ def list_images(root):
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
 
     if not os.path.isdir(root):
-        raise UserError(f"--data {root}: no such folder (give a folder of images, or 'scenes' for built-in ones)")
+        raise UserError(f"{flag} {root}: no such folder (give a folder of images)")
     found, seen = [], set()
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         status = os.stat(folder)
@@ -331,7 +331,7 @@ def list_images(root):
             if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
         ]
     if not found:
-        raise UserError(f"--data {root}: no images in it or below (looked for {' '.join(sorted(EXTENSIONS))})")
+        raise UserError(f"{flag} {root}: no images in it or below (looked for {' '.join(sorted(EXTENSIONS))})")
     return sorted(found)
 
 
@@ -884,6 +884,27 @@ def read_log(path):
             with contextlib.suppress(json.JSONDecodeError):
                 lines.append(json.loads(line))
     return lines
+
+
+def progress(items, total, done=0):
+    """Yield from images or their results; meanwhile a bar on a terminal (if tqdm is there), else a line every ten seconds."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        tqdm = None
+    if tqdm is not None and sys.stderr.isatty():
+        yield from tqdm(items, initial=done, total=total, unit="image", dynamic_ncols=True)
+        return
+    first, started, said = done, time.time(), time.time()
+    for item in items:
+        yield item
+        done += 1
+        if time.time() - said >= 10:
+            said = time.time()
+            pace = (done - first) / (said - started)
+            left = int((total - done) / pace)
+            eta = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+            print(f"{done}/{total} images, {pace:.1f} images/s, eta {eta}", flush=True)
 
 
 def draw_curves(folder, panels):

@@ -47,8 +47,6 @@ import json
 import math
 import os
 import struct
-import sys
-import time
 import zlib
 
 import numpy as np
@@ -418,27 +416,6 @@ class Search(torch.utils.data.Dataset):
         return pack(boxes, *image.size, rule)
 
 
-def progress(records, done, total):
-    """Yield from `records`. Meanwhile one bar on a terminal (if tqdm is there), else a plain line every ten seconds."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        tqdm = None
-    if tqdm is not None and sys.stderr.isatty():
-        yield from tqdm(records, initial=done, total=total, unit="image", dynamic_ncols=True)
-        return
-    first, started, said = done, time.time(), time.time()
-    for record in records:
-        yield record
-        done += 1
-        if time.time() - said >= 10:
-            said = time.time()
-            pace = (done - first) / (said - started)
-            left = int((total - done) / pace)
-            eta = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-            print(f"{done}/{total} images, {pace:.1f} images/s, eta {eta}", flush=True)
-
-
 def search_all(images, partial, strategy, workers, stop):
     """Search all images that are not done and append their records, until the end or a signal.
 
@@ -456,7 +433,7 @@ def search_all(images, partial, strategy, workers, stop):
         worker_init_fn=common.detach_worker,
     )
     try:
-        with contextlib.closing(progress(loader, first, total)) as records:
+        with contextlib.closing(common.progress(loader, total, first)) as records:
             for record in records:
                 index = len(partial.heads)
                 if HEAD.unpack_from(record)[-1] == UNREADABLE:
