@@ -87,6 +87,7 @@ TASKS = {
         precise_bn=20,
     ),
 }  # fmt: skip
+SCENE = 136  # pixels a side
 DEMO = dict(task="scenes", arch="resnet18", batch_size=8, print_freq=20)
 TRAIN_SET_07 = dict(iterations=9000, drops=[6750, 8250])  # AMBIGUOUS: F6. ReSim prints no number; MoCo's, from memory
 
@@ -505,10 +506,11 @@ class SceneData(CocoData):
 def open_data(args):
     """The task's data: (to train on, to evaluate on). Errors: UserError, names the layout that is expected."""
     if args.task == "scenes":
-        images = common.open_images(args.data or "scenes:512", 136, args.seed)
-        if not isinstance(images, common.Scenes):
-            raise UserError(f"--data {args.data}: --task scenes wants 'scenes' or 'scenes:COUNT'")
-        return SceneData(0, len(images), 136, 0), SceneData(len(images), max(len(images) // 4, 8), 136, 0)
+        data = args.data or "scenes"
+        if data.partition(":")[0] != "scenes":
+            raise UserError(f"--data {data}: --task scenes wants 'scenes' or 'scenes:COUNT'")
+        count = 512 if data == "scenes" else len(common.open_images(data, SCENE, 0))
+        return SceneData(0, count, SCENE, 0), SceneData(count, max(count // 4, 8), SCENE, 0)
     if args.task == "custom":
         val_images = args.val_images or args.images
         return read_coco(args.train_json, args.images), read_coco(args.val_json, val_images)
@@ -580,7 +582,8 @@ def move_objects(rows, size, new_size, flip, order):
     masks, points = [], []
     for i in kept:
         masks.append(move_mask(rows[i]["segmentation"], size, new_size, flip))
-        moved = np.zeros((len(order), 3)) if rows[i]["keypoints"] is None else rows[i]["keypoints"].copy()
+        known = rows[i]["keypoints"] is not None and len(order)
+        moved = rows[i]["keypoints"].copy() if known else np.zeros((len(order), 3))
         moved[:, :2] = (moved[:, :2] + 0.5) * scale  # a keypoint names its pixel: whole numbers are pixel centres
         if flip:
             moved[:, 0] = new_width - moved[:, 0]
@@ -591,7 +594,7 @@ def move_objects(rows, size, new_size, flip, order):
         "boxes": torch.tensor(boxes[kept], dtype=torch.float32),
         "labels": torch.tensor([rows[i]["label"] for i in kept], dtype=torch.int64),
         "masks": masks,
-        "keypoints": torch.tensor(np.array(points).reshape(len(kept), -1, 3), dtype=torch.float32),
+        "keypoints": torch.tensor(np.array(points).reshape(len(kept), len(order), 3), dtype=torch.float32),
     }
 
 

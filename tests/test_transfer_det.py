@@ -1,0 +1,1019 @@
+"""transfer_det.py, piece by piece: against torchvision's operators, slow loops and hand calculations."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pycocotools import mask as rle
+from torch import nn
+from torchvision import ops
+from torchvision.models.detection import roi_heads as stock
+from torchvision.models.detection.image_list import ImageList
+
+import common
+import transfer_det as det
+
+WORLD = common.World(0, 1, 0, torch.device("cpu"))
+
+
+def settings(*flags):
+    return det.get_args([*map(str, flags), *"--workers 0 --output-dir unused".split()])
+
+
+def scenes_args(*flags):
+    return settings("--demo", *flags)
+
+
+@pytest.fixture(scope="module")
+def scene_batch():
+    """Two scenes with boxes, masks and keypoints, and the detector of the demo."""
+    args = scenes_args("--data", "scenes:8")
+    train, _ = det.open_data(args)
+    outputs, keypoints = det.outputs_of(args, train)
+    images = det.TrainingImages(train, args, 0, outputs)
+    pixels, targets, _, _ = det.collate([images[0, i] for i in range(2)])
+    return args, outputs, keypoints, pixels, targets
+
+
+def demo_detector(args, outputs, keypoints):
+    """The demo's detector, with few proposals: quick."""
+    model = det.new_detector(args, 0, 10, outputs, len(keypoints), WORLD, None)[0]
+    model.rpn._post_nms_top_n = dict(training=40, testing=40)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------- anchors
+
+
+def test_anchors_of_both_models():
+    fpn = det.Anchors([[32], [64], [128], [256], [512]], [4, 8, 16, 32, 64])
+    c4 = det.Anchors([[32, 64, 128, 256, 512]], [16])
+    assert fpn.num_anchors_per_location() == [3] * 5 and c4.num_anchors_per_location() == [15]
+    wide, square, _ = c4.cell_anchors[0][:3].tolist()  # size outer, ratio inner: .5, 1, 2 of size 32 come first
+    assert wide == pytest.approx([-45.2548 / 2, -22.6274 / 2, 45.2548 / 2, 22.6274 / 2], abs=1e-4)
+    assert square == [-16, -16, 16, 16]
+    for cells in fpn.cell_anchors + c4.cell_anchors:
+        sides = cells[:, 2:] - cells[:, :2]
+        ratios = torch.tensor([0.5, 1.0, 2.0]).repeat(len(cells) // 3)
+        assert torch.allclose(sides[:, 1] / sides[:, 0], ratios)
+
+
+def test_anchors_stand_at_multiples_of_the_stride_whatever_the_padding():
+    anchors = det.Anchors([[32, 64, 128, 256, 512]], [16])
+    maps = [torch.zeros(1, 8, 3, 84, dtype=torch.bfloat16)]
+    (found,) = anchors(ImageList(torch.zeros(1, 3, 48, 1333), [(48, 1333)]), maps)  # torchvision: 1333 // 84 = 15
+    assert found.shape == (3 * 84 * 15, 4) and found.dtype == torch.float32
+    centres = ((found[:, :2] + found[:, 2:]) / 2).view(3, 84, 15, 2)
+    for y, x in ((0, 0), (2, 83), (1, 40)):
+        assert torch.allclose(centres[y, x], torch.tensor([16.0 * x, 16.0 * y]).expand(15, 2), atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------- pooling
+
+
+def test_pooling_equals_torchvisions_operator_box_by_box():
+    rng = torch.Generator().manual_seed(0)
+    strides = [4, 8, 16, 32]
+    maps = {f"p{i}": torch.randn(2, 3, 512 // s, 512 // s, generator=rng) for i, s in enumerate(strides)}
+    corners = torch.rand(2, 30, 2, generator=rng) * 200
+    sides = 2 ** (torch.rand(2, 30, 2, generator=rng) * 8)
+    boxes = list(torch.cat([corners, corners + sides], 2))
+    boxes[0][:2] = torch.tensor([[0.0, 0, 112, 112], [0, 0, 500, 500]])  # the first on the border of two levels
+    pooled = det.AlignedRoIPool(strides, 7)(maps, boxes)
+    levels = set()
+    for number, (image, box) in enumerate((i, box) for i in range(2) for box in boxes[i]):
+        width, height = (box[2:] - box[:2]).tolist()
+        level = min(max(math.floor(4 + math.log2(math.sqrt(width * height) / 224) + 1e-7), 2), 5)
+        levels.add(level)
+        x = list(maps.values())[level - 2][image : image + 1]
+        wanted = ops.roi_align(x, [box[None]], 7, 1 / strides[level - 2], sampling_ratio=0, aligned=True)[0]
+        assert torch.allclose(pooled[number], wanted, atol=1e-5)
+    assert levels == {2, 3, 4, 5}
+
+
+def test_pooling_on_a_ramp_gives_cell_centres():
+    ramp = torch.arange(8.0).view(1, 1, 1, 8).expand(1, 1, 8, 8) + 0.5  # value = x of the cell's centre, in cells
+    pooled = det.AlignedRoIPool([16], 4)({"c4": ramp}, [torch.tensor([[32.0, 32, 96, 96]])])
+    assert torch.allclose(pooled[0, 0], torch.tensor([2.5, 3.5, 4.5, 5.5]).expand(4, 4))
+
+
+# ----------------------------------------------------------------------------------------------------------- losses
+
+
+class FirstOnes:
+    """A sampler that picks the first ones: nothing is random."""
+
+    def __init__(self, count, fraction=0.5):
+        self.batch_size_per_image, self.positive_fraction = count, fraction
+
+    def __call__(self, labels):
+        positive, negative = [], []
+        for label in labels:
+            good = (label >= 1).nonzero().squeeze(1)[: int(self.batch_size_per_image * self.positive_fraction)]
+            bad = (label == 0).nonzero().squeeze(1)[: self.batch_size_per_image - len(good)]
+            for chosen, store in ((good, positive), (bad, negative)):
+                store.append(torch.zeros_like(label, dtype=torch.uint8).index_fill(0, chosen, 1))
+        return positive, negative
+
+
+def test_rpn_loss_by_hand():
+    rpn = det.RPN(det.Anchors([[32]], [16]), det.FloatRPNHead(4, 3), 0.7, 0.3, 256, 0.5, {}, {}, 0.7)
+    rpn.fg_bg_sampler = FirstOnes(256)
+    labels = [torch.tensor([1.0, 0, -1, 0]), torch.tensor([0.0, 1, 1, -1])]
+    objectness = torch.tensor([0.3, -0.2, 5.0, 1.0, 0.0, 2.0, -1.0, 7.0])
+    deltas, wanted = torch.randn(8, 4), [torch.randn(4, 4), torch.randn(4, 4)]
+    loss_class, loss_box = rpn.compute_loss(objectness[:, None], deltas, labels, wanted)
+    by_hand_class = by_hand_box = 0.0
+    for n in range(2):
+        for a in range(4):
+            score, label = objectness[4 * n + a].item(), labels[n][a].item()
+            if label >= 0:
+                p = 1 / (1 + math.exp(-score))
+                by_hand_class -= math.log(p if label else 1 - p)
+            if label == 1:
+                by_hand_box += sum(abs(deltas[4 * n + a, k].item() - wanted[n][a, k].item()) for k in range(4))
+    assert loss_class.item() == pytest.approx(by_hand_class / 512, rel=1e-5)  # 256 x 2, though five were sampled
+    assert loss_box.item() == pytest.approx(by_hand_box / 512, rel=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_box_losses_by_hand(beta):
+    scores, deltas = torch.randn(5, 4), torch.randn(5, 16)
+    labels, wanted = torch.tensor([0, 3, 1, 0, 2]), torch.randn(5, 4)
+    loss_class, loss_box = det.box_losses(scores, deltas, labels, wanted, beta)
+    by_hand = 0.0
+    for r, label in enumerate(labels.tolist()):
+        for k in range(4) if label else ():
+            d = abs(deltas[r, 4 * label + k].item() - wanted[r, k].item())
+            by_hand += d if d >= beta else 0.5 * d * d / beta
+            by_hand -= 0.5 * beta if d >= beta else 0
+    assert loss_box.item() == pytest.approx(by_hand / 5, rel=1e-5)
+    assert loss_class.item() == pytest.approx(-scores.log_softmax(1)[range(5), labels].mean().item(), rel=1e-5)
+
+
+def test_mask_targets_of_polygons():
+    box = torch.tensor([[10.0, 20, 38, 48]])
+    left_half = [np.array([10.0, 20, 24, 20, 24, 48, 10, 48])]
+    two_parts = [np.array([10.0, 20, 17, 20, 17, 48, 10, 48]), np.array([31.0, 20, 38, 20, 38, 48, 31, 48])]
+    (target,) = det.mask_targets([left_half], box, 28)
+    assert (target[:, :14] == 1).all() and (target[:, 14:] == 0).all()
+    (target,) = det.mask_targets([two_parts], box, 28)
+    assert (target[:, :7] == 1).all() and (target[:, 7:21] == 0).all() and (target[:, 21:] == 1).all()
+    (target,) = det.mask_targets([left_half], box + torch.tensor([7.0, 0, 7, 0]), 28)  # another box: the object moves
+    assert (target[:, :7] == 1).all() and (target[:, 7:] == 0).all()
+
+
+def test_mask_targets_of_bitmaps_are_roi_align_cut_at_one_half():
+    rng = np.random.default_rng(0)
+    bitmap = np.kron(rng.integers(0, 2, (6, 8)), np.ones((10, 10))).astype(np.uint8)
+    box = torch.tensor([[3.3, 5.1, 71.7, 49.2]])
+    (target,) = det.mask_targets([bitmap], box, 14)
+    wanted = ops.roi_align(torch.tensor(bitmap)[None, None].float(), [box], 14, sampling_ratio=0, aligned=True)[0, 0]
+    assert torch.equal(target, (wanted >= 0.5).float()) and 0.2 < target.mean() < 0.8
+    # a rectangle: as a polygon and as a bitmap it gives the same
+    rectangle = np.zeros((60, 80), np.uint8)
+    rectangle[20:40, 16:44] = 1
+    polygon = [np.array([16.0, 20, 44, 20, 44, 40, 16, 40])]
+    a, b = det.mask_targets([polygon, rectangle], torch.tensor([[2.0, 10, 58, 52]] * 2), 28)
+    assert torch.equal(a, b)
+
+
+# ------------------------------------------------------------------------------------------------- heads as a whole
+
+
+class Adapted(nn.Module):
+    def __init__(self, pool):
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, maps, boxes, image_sizes):
+        return self.pool(maps, boxes)
+
+
+def test_heads_detect_what_torchvisions_do(scene_batch):
+    """The same modules in torchvision's own RoIHeads: its forward pass in testing has to agree with ours."""
+    args, outputs, keypoints, pixels, _ = scene_batch
+    model = demo_detector(args, outputs, keypoints).eval()
+    ours = model.roi_heads
+    for p in (
+        *ours.box_predictor.parameters(),
+        *ours.mask_predictor.parameters(),
+    ):  # at their start they say next to nothing
+        nn.init.normal_(p, std=0.2)
+    theirs = stock.RoIHeads(
+        Adapted(ours.box_roi_pool), ours.box_head, ours.box_predictor, 0.5, 0.5, 32, 0.25, (10.0, 10.0, 5.0, 5.0), 0.05, 0.5,
+        100, Adapted(ours.mask_roi_pool), ours.mask_head, ours.mask_predictor, Adapted(ours.keypoint_roi_pool),
+        ours.keypoint_head, ours.keypoint_predictor,
+    ).eval()  # fmt: skip
+    maps = {
+        f"p{i}": torch.randn(2, 256, 160 // s, 160 // s)
+        for i, s in zip((2, 3, 4, 5, 6), (4, 8, 16, 32, 64), strict=True)
+    }
+    proposals = [torch.rand(20, 4) * 60 + torch.tensor([0.0, 0, 70, 70]) for _ in range(2)]
+    with torch.no_grad():
+        found = ours(maps, proposals, [(150, 140), (130, 160)])
+        wanted, _ = theirs(maps, proposals, [(150, 140), (130, 160)])
+    assert sum(len(one["boxes"]) for one in found) > 10
+    for a, b in zip(found, wanted, strict=True):
+        for name in ("boxes", "scores", "labels", "keypoints"):
+            assert torch.allclose(a[name], b[name], atol=1e-5), name
+        assert torch.allclose(a["masks"], b["masks"][:, 0], atol=1e-5)
+
+
+def test_training_gives_all_losses_and_a_gradient_to_every_parameter(scene_batch):
+    args, outputs, keypoints, pixels, targets = scene_batch
+    model = demo_detector(args, outputs, keypoints).train()
+    loss, values = model(pixels, targets)
+    losses = {name: value for name, value in values.items() if name.startswith("loss_")}
+    assert sorted(losses) == "loss_box loss_class loss_keypoint loss_mask loss_objectness loss_rpn_box_reg".split()
+    assert loss.item() == pytest.approx(sum(value.item() for value in losses.values()), rel=1e-6)
+    assert values["foreground"] >= 2  # the objects' own boxes are among the RoIs
+    loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert losses["loss_keypoint"].item() == pytest.approx(math.log(56**2), abs=0.3)  # a guess among the cells
+    assert losses["loss_objectness"].item() == pytest.approx(math.log(2), abs=0.1)
+    assert losses["loss_mask"].item() == pytest.approx(math.log(2), abs=0.1)
+
+
+def test_without_objects_the_step_is_finite_and_touches_every_parameter(scene_batch):
+    args, outputs, keypoints, pixels, _ = scene_batch
+    model = demo_detector(scenes_args("--heads", "4conv1fc"), outputs, keypoints).train()
+    empty = det.move_objects([], (10, 10), (20, 20), False, list(range(4)))
+    loss, values = model(pixels, [empty, empty])
+    loss.backward()
+    assert loss.isfinite() and values["foreground"] == 0 and values["loss_mask"] == values["loss_keypoint"] == 0
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+def test_c4_runs_res5_once_in_training_and_again_in_testing(scene_batch):
+    *_, pixels, targets = scene_batch
+    args = scenes_args("--model", "c4", "--data", "scenes:8")
+    model = demo_detector(args, ["boxes", "masks"], []).train()
+    calls = []
+    model.roi_heads.box_head.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    loss, values = model(pixels, targets)
+    assert len(calls) == 1 and values["loss_mask"] > 0
+    assert model.roi_heads.box_head.norm.num_batches_tracked == 1
+    # the mask branch sees the foreground's own rows of the shared maps
+    seen = []
+    model.roi_heads.mask_predictor.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model.roi_heads.box_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.roi_heads.fg_bg_sampler = FirstOnes(8, 0.25)
+    sampled = model.roi_heads.select_training_samples
+    labels = []
+    model.roi_heads.select_training_samples = lambda *a: labels.append(out := sampled(*a)) or out
+    model(pixels, targets)
+    foreground = torch.cat(labels[0][2]) > 0
+    assert torch.equal(seen[1], seen[0][foreground]) and foreground.sum() >= 2
+    for p in model.roi_heads.box_predictor.parameters():
+        nn.init.normal_(p, std=0.5)
+    calls.clear()
+    model.eval()(pixels)
+    assert len(calls) == 2 and calls[0] <= 80 and calls[1] <= 200
+
+
+def test_boxes_stay_fp32_under_autocast(scene_batch):
+    args, outputs, keypoints, pixels, targets = scene_batch
+    model = demo_detector(args, outputs, keypoints).train()
+    seen = []
+    model.roi_heads.box_roi_pool.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[1]))
+    head = model.rpn.head.register_forward_hook(lambda module, inputs, output: seen.extend(output[0] + output[1]))
+    predictor = model.roi_heads.box_predictor.register_forward_hook(lambda module, inputs, output: seen.extend(output))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, values = model(pixels, targets)
+    assert {x.dtype for x in seen} == {torch.float32} and len(seen) == 14
+    assert {value.dtype for value in values.values()} == {torch.float32}
+    head.remove(), predictor.remove()
+
+
+def test_the_batch_is_normalised_then_padded(scene_batch):
+    args, outputs, keypoints, *_ = scene_batch
+    model = demo_detector(args, outputs, keypoints).eval()
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    images = [torch.full((3, 40, 70), 255, dtype=torch.uint8), torch.randint(0, 256, (3, 65, 30), dtype=torch.uint8)]
+    model(images)
+    assert seen[0].shape == (2, 3, 96, 96)
+    white = (1 - torch.tensor(common.PIXEL_MEAN)) / torch.tensor(common.PIXEL_STD)
+    assert torch.allclose(seen[0][0, :, :40, :70], white[:, None, None].expand(3, 40, 70))
+    assert (seen[0][0, :, 40:] == 0).all() and (seen[0][0, :, :, 70:] == 0).all() and (seen[0][1, :, :, 30:] == 0).all()
+    model.divisor, seen[:] = 1, []
+    model(images)
+    assert seen[0].shape == (2, 3, 65, 70)  # C4
+
+
+# -------------------------------------------------------------------------------- freezing, decay, schedule, statistics
+
+STAGES = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
+
+
+@pytest.mark.parametrize(
+    "model, at, count", [("c4", 0, 0), ("c4", 2, 3), ("c4", 4, 5), ("c4", 5, 6), ("fpn", 2, 3), ("fpn", 4, 5)]
+)
+def test_what_is_frozen_stays_as_it_is(model, at, count, scene_batch):
+    *_, pixels, targets = scene_batch
+    args = scenes_args("--model", model, "--freeze-at", at)
+    network = demo_detector(args, ["boxes"], []).train()
+    prefix = "backbone." if model == "c4" else "backbone.body."
+    names = [
+        prefix + name if (model, name) != ("c4", "layer4") else "roi_heads.box_head.layer4" for name in STAGES[:count]
+    ]
+    assert network.frozen == names
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    optimizer = torch.optim.SGD(det.parameter_groups(network, 0.1), 0.5)
+    network(pixels, targets)[0].backward()
+    optimizer.step()
+    for name, x in network.state_dict().items():
+        inside = any(name == n or name.startswith(f"{n}.") for n in names)
+        assert torch.equal(x, before[name]) == inside, name
+    if model == "c4":
+        assert network.roi_heads.box_head.norm.training and network.roi_heads.box_head.norm.weight.requires_grad
+
+
+def test_freeze_backbone_is_freeze_at_4():
+    flags = "--task voc --data x --steps 0".split()
+    assert settings(*flags, "--freeze-backbone").freeze_at == settings(*flags, "--freeze-at", 4).freeze_at == 4
+
+
+def test_norms_have_no_weight_decay():
+    args = scenes_args("--heads", "4conv1fc", "--freeze-at", 2)
+    model = demo_detector(args, ["boxes", "masks", "keypoints"], ["a", "b"])
+    decayed, free = det.parameter_groups(model, 1e-4)
+    assert decayed["weight_decay"] == 1e-4 and free["weight_decay"] == 0
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    names = {name_of[id(p)] for p in free["params"]}
+    by_hand = {  # batch norms by their place in torchvision's modules
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad
+        and (".bn" in name or "downsample.1" in name or name.startswith("backbone.fpn") and name.split(".")[-2] == "1"
+             or name.startswith("roi_heads.box_head") and ".1." in name or name.startswith("roi_heads.mask_head") and ".1." in name)
+    }  # fmt: skip
+    by_hand = {name for name in by_hand if dict(model.named_parameters())[name].dim() == 1}
+    assert names == by_hand and len(names) > 40
+    everything = [id(p) for p in model.parameters() if p.requires_grad]
+    assert sorted(id(p) for group in (decayed, free) for p in group["params"]) == sorted(everything)
+
+
+def test_learning_rate_of_voc():
+    plan = det.plan(settings(*"--task voc --data x".split()))
+    assert plan == {"iterations": 24000, "drops": [18000, 22000], "warmup": 100, "lr": 0.02}
+    for step, lr in {0: 0.00002, 50: 0.01001, 100: 0.02, 17999: 0.02, 18000: 0.002, 22000: 0.0002}.items():
+        assert det.learning_rate(step, 0.02, 100, [18000, 22000]) == pytest.approx(lr)
+
+
+def test_the_linear_rule():
+    plan = det.plan(settings(*"--task coco --data x --schedule 2x --batch-size 4".split()))
+    assert plan == {"iterations": 720000, "drops": [480000, 640000], "warmup": 4000, "lr": 0.005}
+    plan = det.plan(settings(*"--task coco --data x --iterations 9000".split()))
+    assert plan == {"iterations": 9000, "drops": [6000, 8000], "warmup": 100, "lr": 0.02}
+    plan = det.plan(settings(*"--task voc --data x --train-set 07".split()))
+    assert plan == {"iterations": 9000, "drops": [6750, 8250], "warmup": 100, "lr": 0.02}
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.frozen = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.frozen.eval()
+
+    def forward(self, x):
+        return self.frozen(self.second(F.relu(self.first(x))))
+
+
+def test_precise_bn_is_the_population():
+    torch.manual_seed(0)
+    model = Toy()
+    batches = [(torch.randn(n, 3, 5, side) * (1 + n) + n,) for n, side in ((2, 7), (5, 3), (3, 9))]
+    det.precise_bn(model, batches, model)
+    first, second = [], []
+    for (x,) in batches:
+        first.append(x.permute(1, 0, 2, 3).flatten(1))
+        y = F.relu((x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt())
+        second.append(y.permute(1, 0, 2, 3).flatten(1))
+    for norm, inputs in ((model.first, first), (model.second, second)):
+        population = torch.cat(inputs, 1)
+        assert torch.allclose(norm.running_mean, population.mean(1), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(norm.running_var, population.var(1), rtol=1e-4)
+    assert torch.equal(model.frozen.running_mean, torch.zeros(3)) and torch.equal(
+        model.frozen.running_var, torch.ones(3)
+    )
+    assert not model.first._forward_pre_hooks
+
+
+# ---------------------------------------------------------------------------------------------------- images and masks
+
+
+@pytest.mark.parametrize(
+    "size, short, longest, wanted",
+    [((480, 640), 800, 1333, (800, 1067)), ((640, 480), 800, 1333, (1067, 800)), ((375, 500), 480, 1333, (480, 640)),
+     ((200, 1000), 800, 1333, (267, 1333)), ((3, 4), 2, 99, (2, 3)), ((1024, 2048), 1024, 2048, (1024, 2048))],
+)  # fmt: skip
+def test_resized(size, short, longest, wanted):
+    assert det.resized(*size, short, longest) == wanted
+
+
+def row(box, **more):
+    return {
+        "box": box,
+        "label": 1,
+        "crowd": False,
+        "difficult": False,
+        "area": 1.0,
+        "segmentation": None,
+        "keypoints": None,
+    } | more
+
+
+def test_objects_follow_a_resize_and_a_flip():
+    polygon = [np.array([10.0, 5, 30, 5, 30, 25, 10, 25])]
+    bitmap = rle.decode(rle.merge(rle.frPyObjects([p.tolist() for p in polygon], 50, 100))).astype(bool)
+    code = rle.encode(np.asfortranarray(bitmap, np.uint8))
+    points = np.array([[10.0, 5, 2], [29, 5, 1], [60, 40, 0], [99, 49, 2]])
+    rows = [
+        row([10, 5, 30, 25], segmentation=s, label=n, keypoints=points)
+        for n, s in ((3, polygon), (1, bitmap), (2, code))
+    ]
+    rows.append(row([120, 5, 140, 25]))  # outside: clipped to nothing
+    order = det.flip_order(["nose", "left_eye", "right_eye", "tail"])
+    assert order == [0, 2, 1, 3]
+    moved = det.move_objects(rows, (50, 100), (100, 300), True, order)
+    assert moved["boxes"].tolist() == [[210, 10, 270, 50]] * 3 and moved["labels"].tolist() == [3, 1, 2]
+    drawn = rle.decode(rle.merge(rle.frPyObjects([p.tolist() for p in moved["masks"][0]], 100, 300)))
+    assert (drawn[10:50, 210:270] == 1).all() and drawn.sum() == 40 * 60
+    assert np.array_equal(moved["masks"][1], drawn) and np.array_equal(moved["masks"][2], drawn)
+    wanted = [[300 - 31.5, 11, 2], [0, 0, 0], [300 - 88.5, 11, 1], [300 - 298.5, 99, 2]]
+    assert np.allclose(moved["keypoints"][0], wanted)
+
+
+def test_keypoints_that_leave_the_image_are_invisible():
+    points = np.array([[-3.0, 5, 2], [5, 70, 2], [5, 5, 2]])
+    moved = det.move_objects([row([1, 1, 9, 9], keypoints=points)], (50, 60), (50, 60), False, [0, 1, 2])
+    assert moved["keypoints"][0].tolist() == [[0, 0, 0], [0, 0, 0], [5.5, 5.5, 2]]
+
+
+def test_keypoints_come_back_from_the_heat_map():
+    """+0.5 on the way in, a cell of the 56 x 56 map, the cell's centre, -0.5 on the way out."""
+    points = np.array([[12.0, 30, 2], [40, 11, 2], [25, 25, 2]])
+    box = torch.tensor([[5.0, 5.0, 61.0, 61.0]])
+    moved = det.move_objects([row(box[0].tolist(), keypoints=points)], (80, 80), (80, 80), False, [0, 1, 2])
+    cells, valid = stock.keypoints_to_heatmap(moved["keypoints"], box, 56)
+    assert valid.all()
+    maps = F.one_hot(cells[0], 56 * 56).view(1, 3, 56, 56).float()
+    back = stock.heatmaps_to_keypoints(maps, box)[0][0, :, :2] - 0.5
+    assert np.allclose(back, points[:, :2], atol=1e-4)
+
+
+def test_paste_mask():
+    ones = torch.ones(28, 28)
+    pasted = det.paste_mask(ones, [10.0, 20.0, 30.0, 50.0], 60, 40)
+    assert pasted[20:50, 10:30].all() and pasted.sum() == 20 * 30
+    half = ones.clone()
+    half[:, 14:] = 0
+    pasted = det.paste_mask(half, [-10.0, 20.0, 30.0, 50.0], 60, 40)  # reaches out of the image
+    assert pasted[20:50, :10].all() and pasted.sum() == 10 * 30
+    smooth = F.interpolate(torch.rand(1, 1, 4, 4), size=28, mode="bicubic")[0, 0]
+    box = [3.7, -4.2, 38.1, 55.5]
+    pasted = det.paste_mask(smooth, box, 60, 40)
+    for y in range(0, 60, 3):  # every pixel's centre, read off the mask by hand
+        for x in range(0, 40, 3):
+            u, v = (
+                (x + 0.5 - box[0]) / (box[2] - box[0]) * 28 - 0.5,
+                (y + 0.5 - box[1]) / (box[3] - box[1]) * 28 - 0.5,
+            )
+            value = 0.0
+            for i in (math.floor(v), math.floor(v) + 1):
+                for j in (math.floor(u), math.floor(u) + 1):
+                    inside = 0 <= i < 28 and 0 <= j < 28
+                    value += (1 - abs(v - i)) * (1 - abs(u - j)) * (smooth[i, j].item() if inside else 0)
+            if abs(value - 0.5) > 1e-4:
+                assert pasted[y, x] == (value > 0.5), (x, y)
+
+
+def test_training_images_are_pils_anti_aliased_ones(tmp_path):
+    data = tiny_coco(tmp_path, [row([1, 1, 30, 30])])
+    args = settings(*"--task custom --train-json a --val-json b --images c --short-sides 32 --max-side 99".split())
+    images = det.TrainingImages(data, args, 0, ["boxes"])
+    seen = set()
+    for epoch in range(8):
+        pixels, target, index, passed = images[epoch, 0]
+        wanted = data.read(0).resize((int(96 * 32 / 64 + 0.5), 32), Image.BILINEAR)
+        flipped = target["boxes"][0, 0] > 4
+        wanted = np.asarray(wanted)[:, ::-1] if flipped else np.asarray(wanted)
+        assert np.array_equal(pixels.permute(1, 2, 0), wanted) and (index, passed) == (0, 0)
+        assert sorted(target) == ["boxes", "labels"]
+        seen.add(bool(flipped))
+        assert torch.equal(pixels, images[epoch, 0][0])  # a function of (seed, epoch, index) alone
+    assert seen == {True, False}
+
+
+def test_short_sides_are_drawn():
+    args = scenes_args("--data", "scenes:4")
+    train, _ = det.open_data(args)
+    images = det.TrainingImages(train, args, 0, ["boxes"])
+    assert {images[epoch, 1][0].shape[-1] for epoch in range(20)} == {128, 144, 160}
+    other = det.TrainingImages(train, args, 1, ["boxes"])
+    assert [images[e, 1][0].shape for e in range(20)] != [other[e, 1][0].shape for e in range(20)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_batches_hold_one_kind_of_images_and_resume_exactly(processes):
+    wide = np.array([i % 3 == 0 for i in range(23)])
+    everything = []
+    for rank in range(processes):
+        world = common.World(rank, processes, 0, torch.device("cpu"))
+        whole = list(det.GroupedBatches(wide, 4, world, 0, 0, 40))
+        assert len(whole) == 40 and all(len(batch) == 4 for batch in whole)
+        assert all(len({bool(wide[i]) for _, i in batch}) == 1 for batch in whole)
+        assert {bool(wide[batch[0][1]]) for batch in whole} == {True, False}
+        assert list(det.GroupedBatches(wide, 4, world, 0, 17, 40)) == whole[17:]
+        assert list(det.GroupedBatches(wide, 4, world, 1, 0, 40)) != whole
+        everything += [key for batch in whole for key in batch]
+    assert len(everything) == len(set(everything))  # processes share no image of an epoch
+    for epoch in range(4):  # nearly every image comes once an epoch: a few may wait in the baskets
+        assert {i for e, i in everything if e == epoch} == set(range(23))
+
+
+# -------------------------------------------------------------------------------------------------------- data sets
+
+
+def content(rows, images=1, categories=({"id": 7, "name": "cat"}, {"id": 3, "name": "dog"})):
+    return {
+        "images": [{"id": 10 * i, "file_name": f"{i}.png", "width": 96, "height": 64} for i in range(images)],
+        "annotations": rows,
+        "categories": list(categories),
+    }
+
+
+def annotation(image, box, category=3, **more):
+    return {"id": 0, "image_id": image, "category_id": category, "bbox": box, **more}
+
+
+def write(folder, images=1):
+    for i in range(images):
+        pixels = np.random.default_rng(i).integers(0, 256, (64, 96, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+def tiny_coco(folder, rows):
+    write(folder)
+    boxes = [
+        annotation(0, [r["box"][0], r["box"][1], r["box"][2] - r["box"][0], r["box"][3] - r["box"][1]]) for r in rows
+    ]
+    return det.CocoData(content(boxes), str(folder), "a.json")
+
+
+def test_coco_data_copes_with_what_files_hold(tmp_path, capsys):
+    write(tmp_path, 4)
+    counts = rle.encode(np.asfortranarray(np.eye(64, 96, dtype=np.uint8)))
+    uncompressed = {"size": [64, 96], "counts": [64 * 96 - 5, 5]}
+    rows = [
+        annotation(0, [1, 2, 30, 40], 7, segmentation=[[1, 2, 31, 2, 31, 42], [5, 5, 6, 6]], iscrowd=0),
+        annotation(0, [0, 0, 50, 60], 3, iscrowd=1, segmentation=uncompressed),
+        annotation(0, [5, 5, 0, 10]),  # degenerate
+        annotation(0, [5, 5, 10, float("nan")]),
+        annotation(10, [0, 0, 50, 60], iscrowd=1),  # an image of crowds alone
+        annotation(20, [0, 0, 9, 9], segmentation={"size": [64, 96], "counts": counts["counts"].decode()}, area=5),
+    ]
+    data = det.CocoData(content(rows, images=4), str(tmp_path), "a.json")
+    assert "2 annotations have an empty box" in capsys.readouterr().out
+    assert [c["id"] for c in data.categories] == [3, 7] and len(data) == 4
+    first, crowd = data.annotations(0)
+    assert first["label"] == 2 and first["box"] == [1, 2, 31, 42] and len(first["segmentation"]) == 1
+    assert crowd["crowd"] and rle.area(crowd["segmentation"]) == 5
+    assert data.annotations(3) == [] and data.annotations(2)[0]["area"] == 5
+    assert [data.usable(i, False) for i in range(4)] == [True, False, True, False]
+    assert not any(data.usable(i, True) for i in range(4))  # no keypoints
+    assert data.complete("segmentation") and not data.complete("keypoints")
+    truth = det.coco_truth(data)
+    assert len(truth.getImgIds()) == 4 and sorted(truth.anns) == [1, 2, 3, 4]  # an id of 0 would count as no match
+    assert truth.anns[2]["iscrowd"] == 1 and truth.anns[1]["category_id"] == 7
+    args = settings(*"--task custom --train-json a --val-json b --images c".split())
+    images = det.TrainingImages(data, args, 0, ["boxes", "masks"])
+    assert len(images) == 2 and images.name(1) == "2.png"
+    assert [len(images[0, i][1]["boxes"]) for i in range(2)] == [1, 1]  # crowds are no targets
+
+
+def test_missing_images_are_named(tmp_path, capsys):
+    write(tmp_path, 2)
+    with pytest.raises(common.UserError, match="3 of its 5 images are not in .*, for instance 2.png"):
+        det.CocoData(content([], images=5), str(tmp_path), "a.json")
+    write(tmp_path, 4)
+    data = det.CocoData(content([annotation(40, [1, 1, 5, 5])], images=5), str(tmp_path), "a.json")
+    assert len(data) == 4 and "4.png is not in" in capsys.readouterr().out
+
+
+def test_an_image_of_another_size_is_refused(tmp_path):
+    data = tiny_coco(tmp_path, [row([1, 1, 30, 30])])
+    Image.new("RGB", (64, 96)).save(tmp_path / "0.png")
+    with pytest.raises(OSError, match="annotated are 96 x 64"):
+        data.read(0)
+
+
+@pytest.mark.parametrize("broken", [{}, {"images": [], "annotations": [], "categories": []}, [], content([annotation(99, [1, 1, 2, 2])]),
+                                    content([annotation(0, [1, 1, 2, 2], 5)]), content([annotation(0, [1, 1])])])  # fmt: skip
+def test_what_is_not_coco_is_refused(broken, tmp_path):
+    write(tmp_path)
+    with pytest.raises(common.UserError):
+        det.CocoData(broken, str(tmp_path), "a.json")
+
+
+XML = """<annotation><size><width>96</width><height>64</height><depth>3</depth></size>
+<object><name>dog</name><difficult>0</difficult><bndbox><xmin>11</xmin><ymin>21</ymin><xmax>30</xmax><ymax>40</ymax></bndbox></object>
+<object><name>cat</name><difficult>1</difficult><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>96</xmax><ymax>64</ymax></bndbox></object>
+</annotation>"""
+
+
+def voc_tree(root):
+    for year, splits in (("2007", ("trainval", "test")), ("2012", ("trainval",))):
+        base = root / f"VOC{year}"
+        for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+            (base / folder).mkdir(parents=True)
+        for split in splits:
+            names = [f"{year}_{split}_{i}" for i in range(2)]
+            (base / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
+            for name in names:
+                (base / "Annotations" / f"{name}.xml").write_text(XML)
+                Image.new("RGB", (96, 64)).save(base / "JPEGImages" / f"{name}.jpg")
+
+
+@pytest.mark.parametrize("inner", ["", "VOCdevkit"])
+def test_voc_reader(inner, tmp_path):
+    voc_tree(tmp_path / inner)
+    train, val = det.open_data(settings("--task", "voc", "--data", tmp_path))
+    assert len(train) == 4 and len(val) == 2 and len(train.categories) == 20
+    assert [i["file_name"].split("/")[0] for i in train.images] == ["VOC2007"] * 2 + ["VOC2012"] * 2
+    dog, cat = train.annotations(3)
+    assert (
+        dog["box"] == [10, 20, 30, 40] and train.categories[dog["label"] - 1]["name"] == "dog" and not dog["difficult"]
+    )
+    assert cat["box"] == [0, 0, 96, 64] and cat["difficult"]
+    assert train.read(3).size == (96, 64)
+    train, _ = det.open_data(settings("--task", "voc", "--data", tmp_path, "--train-set", "07"))
+    assert len(train) == 2
+    args = settings("--task", "voc", "--data", tmp_path)
+    assert len(det.TrainingImages(val, args, 0, ["boxes"])[0, 0][1]["boxes"]) == 2  # difficult ones are trained on
+    (tmp_path / inner / "VOC2012/ImageSets/Main/trainval.txt").unlink()
+    with pytest.raises(common.UserError, match="trainval.txt: no such file; --data must be a folder with VOC2007/"):
+        det.open_data(args)
+
+
+def test_coco_reader(tmp_path):
+    for split in ("train2017", "val2017"):
+        (tmp_path / split).mkdir()
+        write(tmp_path / split, 2)
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        rows = [
+            annotation(0, [1, 1, 20, 20]),
+            annotation(10, [1, 1, 20, 20], keypoints=[5, 5, 2] + [0, 0, 0] * 16, num_keypoints=1),
+        ]
+        person = {"id": 3, "name": "person", "keypoints": ["nose"] + [f"k{i}" for i in range(16)]}
+        for kind in ("instances", "person_keypoints"):
+            text = json.dumps(
+                content(rows, 2, [person] if kind == "person_keypoints" else [person, {"id": 7, "name": "cat"}])
+            )
+            (tmp_path / "annotations" / f"{kind}_{split}.json").write_text(text)
+    train, val = det.open_data(settings("--task", "coco", "--data", tmp_path))
+    assert len(train) == len(val) == 2 and len(train.categories) == 2
+    args = settings("--task", "coco-keypoint", "--data", tmp_path)
+    train, val = det.open_data(args)
+    assert len(train.keypoints) == 17 and det.outputs_of(args, train)[0] == ["boxes", "keypoints"]
+    images = det.TrainingImages(train, args, 0, ["boxes", "keypoints"])
+    assert len(images) == 1 and images.name(0) == "1.png"  # without a visible keypoint an image is not trained on
+    (tmp_path / "annotations" / "person_keypoints_val2017.json").unlink()
+    with pytest.raises(common.UserError, match="it must be a folder with annotations/person_keypoints_train2017.json"):
+        det.open_data(args)
+
+
+def city_tree(root, maps):
+    for split in ("train", "val"):
+        for number, ids in enumerate(maps):
+            for kind, folder in (("leftImg8bit", "leftImg8bit"), ("gtFine_instanceIds", "gtFine")):
+                path = root / folder / split / "ulm" / f"ulm_{number:06}_000019_{kind}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = np.zeros((*ids.shape, 3), np.uint8) if kind == "leftImg8bit" else ids.astype(np.uint16)
+                Image.fromarray(pixels).save(path)
+
+
+def test_cityscapes_reader(tmp_path):
+    ids = np.full((40, 80), 7)
+    ids[5:20, 10:30] = 26001  # a car
+    ids[25:35, 40:60] = 24  # a group of persons
+    ids[0:4, 0:4] = 29000  # a caravan: not among the eight classes
+    city_tree(tmp_path, [ids, np.full((40, 80), 24)])
+    args = settings("--task", "cityscapes", "--data", tmp_path)
+    train, val = det.open_data(args)
+    assert len(train) == len(val) == 2 and [c["name"] for c in train.categories][:3] == ["person", "rider", "car"]
+    group, car = train.annotations(0)
+    assert car["box"] == [10, 5, 30, 20] and car["label"] == 3 and car["segmentation"].sum() == 300 and not car["crowd"]
+    assert group["crowd"] and group["label"] == 1
+    assert [train.usable(i, False) for i in range(2)] == [True, False]
+    images = det.TrainingImages(train, args, 0, ["boxes", "masks"])
+    assert len(images) == 1 and len(images[0, 0][1]["masks"]) == 1
+    next((tmp_path / "gtFine/val").rglob("*.png")).unlink()
+    with pytest.raises(common.UserError, match="instanceIds.png: not there; --data must be a folder with leftImg8bit"):
+        det.open_data(args)
+
+
+def test_scenes_follow_cocos_convention_of_keypoints():
+    data = det.SceneData(0, 3, 136, 0)
+    scene = data.scene(1)
+    rows = data.annotations(1)
+    moved = det.move_objects(rows, (136, 136), (136, 136), False, det.flip_order(data.keypoints))
+    seen = scene["keypoints"][..., 2] > 0
+    assert np.allclose(moved["keypoints"][..., :2][seen], scene["keypoints"][..., :2][seen], atol=1e-4)
+    assert det.flip_order(data.keypoints) == [0, 2, 1, 3]
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_eleven_points():
+    assert det.voc_ap(np.array([0.5]), np.array([1.0])) == pytest.approx(6 / 11)
+    assert det.voc_ap(np.array([0.25, 0.25, 0.5]), np.array([1.0, 0.5, 2 / 3])) == pytest.approx(
+        (3 * 1 + 3 * 2 / 3) / 11
+    )
+    assert det.voc_ap(np.array([1.0]), np.array([1.0])) == pytest.approx(1)
+    assert det.voc_ap(np.array([]), np.array([])) == 0
+
+
+def box(*corners):
+    return np.array(corners, float)
+
+
+def test_voc_rules_on_worked_examples():
+    one = {0: [(box(1, 1, 10, 10), False)]}
+    right, wrong = det.voc_match([(0, 0.9, box(1, 1, 10, 10)), (0, 0.8, box(1, 1, 10, 10))], one, 0.5)
+    assert right.tolist() == [True, False] and wrong.tolist() == [False, True]  # a duplicate is wrong
+    right, wrong = det.voc_match([(0, 0.2, box(1, 1, 10, 10)), (0, 0.9, box(50, 1, 60, 10))], one, 0.5)
+    assert right.tolist() == [False, True]  # best score first
+    hard = {0: [(box(1, 1, 10, 10), True)]}
+    right, wrong = det.voc_match([(0, 0.9, box(1, 1, 10, 10)), (0, 0.8, box(1, 1, 10, 10))], hard, 0.5)
+    assert not right.any() and not wrong.any()  # difficult ones count neither way, however often
+    half = [(0, 0.9, box(1, 1, 10, 5))]  # 50 of 100 pixels, counted inclusively
+    assert det.voc_match(half, one, 0.5)[1].tolist() == [True]  # more than the threshold is wanted
+    assert det.voc_match(half, one, 0.4999)[0].tolist() == [True]
+    two = {0: [(box(1, 1, 10, 10), False), (box(3, 1, 12, 10), False)]}
+    found = [(0, 0.9, box(1, 1, 10, 10)), (0, 0.8, box(1, 1, 10, 10)), (0, 0.7, box(3, 1, 12, 10))]
+    right, wrong = det.voc_match(found, two, 0.5)
+    assert right.tolist() == [True, False, True]  # the best object is taken: no second best
+    tie = [(0, 0.5, box(50, 1, 60, 10)), (0, 0.5, box(1, 1, 10, 10))]
+    assert det.voc_match(tie, one, 0.5)[0].tolist() == [False, True]  # ties in the order given
+    assert det.voc_match([(3, 0.5, box(1, 1, 10, 10))], one, 0.5)[1].tolist() == [True]  # another image
+
+
+def found_as_truth(data, score=0.9):
+    """Detections that say just what is annotated."""
+    found = {}
+    for index in range(len(data)):
+        found[index] = []
+        for r in data.annotations(index):
+            one = {"label": r["label"], "score": score, "box": r["box"]}
+            if r["segmentation"] is not None:
+                one["segmentation"] = det.to_rle(
+                    r["segmentation"], data.images[index]["height"], data.images[index]["width"]
+                )
+            if r["keypoints"] is not None:
+                one["keypoints"] = r["keypoints"].flatten().tolist()
+            found[index].append(one)
+    return found
+
+
+def test_voc_evaluation(tmp_path):
+    voc_tree(tmp_path)
+    args = settings("--task", "voc", "--data", tmp_path)
+    _, val = det.open_data(args)
+    perfect = found_as_truth(val)
+    result = det.evaluate(args, val, perfect, ["boxes"])
+    assert (
+        result["box"]["AP"] == result["box"]["AP50"] == pytest.approx(100)
+    )  # the class of difficult objects alone is left out
+    assert list(result["box"]["AP_by_IoU"]) == [str(t) for t in range(50, 100, 5)]
+    assert result["coco_style"]["AP50"] == pytest.approx(100)
+    shifted = {
+        i: [one | {"box": [10, 20, 30, 55]} for one in rows if one["label"] == 12] for i, rows in perfect.items()
+    }
+    curve = det.evaluate_voc(val, shifted)["AP_by_IoU"]  # overlap 20 / 35 = .571
+    assert curve["50"] == curve["55"] == pytest.approx(100) and curve["60"] == 0
+    half = {0: [one for one in perfect[0] if one["label"] == 12], 1: []}
+    assert det.evaluate_voc(val, half)["AP50"] == pytest.approx(600 / 11)
+    # scores are rounded to three decimals: what ties then stands in the order given
+    close = [
+        {"label": 12, "score": 0.90011, "box": [60, 1, 70, 9]},
+        {"label": 12, "score": 0.90049, "box": [10, 20, 30, 40]},
+    ]
+    assert det.evaluate_voc(val, {0: close, 1: []})["AP50"] == pytest.approx(100 * 6 / 11 / 2)
+
+
+def test_coco_evaluation():
+    data = det.SceneData(0, 6, 136, 0)
+    perfect = found_as_truth(data)
+    for kind in ("bbox", "segm", "keypoints"):
+        result = det.evaluate_coco(data, perfect, kind)
+        assert result["AP"] == pytest.approx(100) and result["AP_by_IoU"]["95"] == pytest.approx(100), kind
+    moved = {i: [one | {"box": [x + 5 for x in one["box"]]} for one in rows] for i, rows in perfect.items()}
+    result = det.evaluate_coco(data, moved, "bbox")
+    assert 0 < result["AP"] < 100 and result["AP50"] > result["AP75"]
+    assert det.evaluate_coco(data, {i: [] for i in range(6)}, "segm")["AP"] == 0
+    wrong = {i: [one | {"label": one["label"] % 10 + 1} for one in rows] for i, rows in perfect.items()}
+    assert det.evaluate_coco(data, wrong, "bbox")["AP50"] < 20
+
+
+def test_results_carry_the_data_sets_own_ids(tmp_path):
+    data = tiny_coco(tmp_path, [row([1, 1, 30, 30])])
+    (result,) = det.coco_results(data.images, data.categories, {0: [{"label": 2, "score": 0.5, "box": [1, 2, 4, 8]}]})
+    assert result == {"image_id": 0, "category_id": 7, "bbox": [1, 2, 3, 6], "score": 0.5}
+
+
+def test_cityscapes_curve_by_hand():
+    ap = det.cityscapes_ap
+    assert ap(np.array([0.9, 0.8]), np.array([]), 0) == pytest.approx(1)
+    assert ap(np.array([]), np.array([0.9]), 1) == 0 and ap(np.array([]), np.array([]), 1) == 0
+    # one right at .9, one wrong at .8, one object missed: points (p, r) = (.5, .5) at .8, (1, .5) at .9, (1, 0) at the end
+    # steps: half the recall between a point's neighbours: 0 for .8 (both neighbours at .5), .25 for .9, .25 for the end
+    assert ap(np.array([0.9]), np.array([0.8]), 1) == pytest.approx(0.25 + 0.25)
+    # wrong at .9, right at .8: (.5, 1) at .8, (0, 0) at .9, (1, 0) at the end -> .5 x .5
+    assert ap(np.array([0.8]), np.array([0.9]), 0) == pytest.approx(0.5 * 0.5)
+
+
+def city(tmp_path, ids):
+    city_tree(tmp_path, [ids])
+    return det.CityscapesData(str(tmp_path), "val")
+
+
+def as_rle(mask):
+    return rle.encode(np.asfortranarray(mask, np.uint8))
+
+
+def test_cityscapes_rules_on_worked_examples(tmp_path):
+    ids = np.full((60, 120), 7)
+    ids[0:20, 0:20] = 26000
+    ids[0:20, 30:50] = 26001
+    ids[30:39, 0:10] = 26002  # 90 pixels: too small to count
+    ids[30:50, 30:70] = 26  # a group of cars
+    ids[30:50, 80:110] = 4  # void
+    data = city(tmp_path, ids)
+    cars = [{"label": 3, "score": s, "segmentation": as_rle(ids == n)} for n, s in ((26000, 0.9), (26001, 0.8))]
+
+    def score(found):
+        return det.evaluate_cityscapes(data, {0: found})
+
+    assert score(cars)["AP"] == score(cars)["AP50"] == pytest.approx(100) and score(cars)["AP_by_class"] == {"car": 100}
+    others = [{"label": 3, "score": 0.95, "segmentation": as_rle(ids == n)} for n in (26002, 26, 4)]
+    assert score(cars + others)["AP"] == pytest.approx(100)  # on small objects, groups and void nothing is wrong
+    wrong = [{"label": 3, "score": 0.95, "segmentation": as_rle((ids == 7) & (np.arange(120) < 20))}]
+    assert score(cars + wrong)["AP50"] == pytest.approx(
+        100 * det.cityscapes_ap(np.array([0.9, 0.8]), np.array([0.95]), 0)
+    )
+    assert score([cars[0], cars[0] | {"score": 0.7}, cars[1]])["AP50"] == pytest.approx(
+        100 * det.cityscapes_ap(np.array([0.9, 0.8]), np.array([0.7]), 0)
+    )
+    missed = 100 * det.cityscapes_ap(np.array([0.9]), np.array([]), 1)
+    assert score(cars[:1])["AP50"] == pytest.approx(missed) and missed < 100
+    assert score([])["AP"] == 0 and score([cars[0] | {"label": 1}])["AP"] == 0
+    part = np.zeros_like(ids, bool)
+    part[0:20, 0:12] = True  # 240 of 400 pixels: .6, and more than .6 is wanted at .6
+    curve = score([{"label": 3, "score": 0.9, "segmentation": as_rle(part)}, cars[1]])["AP_by_IoU"]
+    assert curve["55"] == pytest.approx(100) and curve["60"] < 100
+
+
+def test_cityscapes_equals_its_own_scripts(tmp_path, monkeypatch):
+    """Against cityscapesScripts, where it is installed; its numpy calls are given back what they lost."""
+    monkeypatch.setattr(np, "in1d", np.isin, raising=False)
+    official = pytest.importorskip("cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling")
+    from cityscapesscripts.evaluation.instances2dict import instances2dict
+
+    rng = np.random.default_rng(0)
+    maps, found = [], {}
+    for index in range(4):
+        ids = np.full((120, 200), 7)
+        ids[:, 150:] = rng.choice([4, 24, 26])
+        for number in range(8):
+            y, x = rng.integers(0, 90), rng.integers(0, 140)
+            ids[y : y + rng.integers(6, 30), x : x + rng.integers(6, 40)] = 1000 * rng.choice([24, 26, 33, 29]) + number
+        maps.append(ids)
+        found[index] = []
+        for number in np.unique(ids):
+            label = {24: 1, 26: 3, 33: 8}.get(int(number) // 1000 or int(number))
+            for _ in range(rng.integers(0, 3)) if label else ():
+                mask = np.roll(ids == number, rng.integers(-4, 5, 2), (0, 1))
+                one = {"label": label, "score": round(float(rng.random()), 2), "segmentation": as_rle(mask)}
+                found[index].append(one)
+    city_tree(tmp_path, maps)
+    data = det.CityscapesData(str(tmp_path), "val")
+    official.setInstanceLabels(official.args)
+    args = official.args
+    args.quiet, args.predictionPath = True, str(tmp_path)
+    predictions, truths = [], []
+    for index in range(4):
+        truths.append(data.truth(index))
+        lines = []
+        for number, one in enumerate(found[index]):
+            Image.fromarray(255 * rle.decode(one["segmentation"])).save(tmp_path / f"{index}_{number}.png")
+            lines.append(f"{index}_{number}.png {data.categories[one['label'] - 1]['id']} {one['score']}")
+        (tmp_path / f"{index}.txt").write_text("\n".join(lines))
+        predictions.append(str(tmp_path / f"{index}.txt"))
+    matches = official.matchGtWithPreds(predictions, truths, instances2dict(truths, False), args)
+    averages = official.computeAverages(official.evaluateMatches(matches, args), args)
+    ours = det.evaluate_cityscapes(data, found)
+    assert 5 < ours["AP"] < 80
+    assert ours["AP"] == pytest.approx(100 * averages["allAp"]) and ours["AP50"] == pytest.approx(
+        100 * averages["allAp50%"]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+
+def fpn_like(rng):
+    """A detector's pyramid of ResNet-18 with norms, and random tensors of its shapes."""
+    model = demo_detector(scenes_args(), ["boxes"], [])
+    shapes = {name: x.shape for name, x in model.backbone.fpn.state_dict().items() if x.dim()}
+    return model.backbone.fpn, {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
+
+
+def test_fpn_weights_of_every_layout(tmp_path, capsys):
+    fpn, values = fpn_like(torch.Generator().manual_seed(0))
+    bias = torch.randn(256)
+    resim = {f"module.encoder_q.fpn_lateral{l}.weight": values[f"inner_blocks.{l - 2}.0.weight"] for l in (3, 4, 5)}
+    resim |= {f"module.encoder_q.fpn_output{l}.weight": values[f"layer_blocks.{l - 2}.0.weight"] for l in (3, 4)}
+    resim |= {f"module.encoder_q.fpn_lateral{l}.bias": bias for l in (3, 4, 5)}
+    other = {name.replace("encoder_q", "encoder_k"): torch.zeros_like(x) for name, x in resim.items()}
+    soco = {}
+    for name, x in values.items():
+        block, level, layer, kind = name.split(".")
+        place = "lateral_convs" if block == "inner_blocks" else "fpn_convs"
+        soco[f"module.neck.{place}.{level}.{'bn' if layer == '1' else 'conv'}.{kind}"] = x
+    ours = {
+        name: values[name] for name in ("inner_blocks.1.0.weight", "inner_blocks.2.0.weight", "inner_blocks.3.0.weight")
+    }
+    ours |= {"inner_blocks.1.0.bias": bias}
+    wanted = {
+        "ours": (ours, 3, "no place, since norms follow, for inner_blocks.1.0.bias"),
+        "resim": (
+            {"state_dict": {**other, **resim}, "epoch": 3},
+            5,
+            "no place, since norms follow, for inner_blocks.1.0.bias",
+        ),
+        "soco": ({"model": soco | {"module.encoder.conv1.weight": bias}}, 40, None),
+    }
+    for name, (checkpoint, count, note) in wanted.items():
+        fpn, _ = fpn_like(torch.Generator().manual_seed(1))
+        before = {key: x.clone() for key, x in fpn.state_dict().items()}
+        torch.save(checkpoint, tmp_path / f"{name}.pth")
+        line = det.load_fpn(fpn, str(tmp_path / f"{name}.pth"))
+        changed = [key for key, x in fpn.state_dict().items() if not torch.equal(x, before[key])]
+        assert len(changed) == count and all(torch.equal(fpn.state_dict()[key], values[key]) for key in changed), name
+        assert (note in line) if note else ("no place" not in line)
+    torch.save({"state_dict": {"conv1.weight": bias}}, tmp_path / "none.pth")
+    with pytest.raises(common.UserError, match="there is no pyramid in it"):
+        det.load_fpn(fpn, str(tmp_path / "none.pth"))
+    torch.save({"inner_blocks.1.0.weight": torch.zeros(128, 128, 1, 1)}, tmp_path / "narrow.pth")
+    with pytest.raises(common.UserError, match=r"inner_blocks.1.0.weight is \(128, 128, 1, 1\)"):
+        det.load_fpn(fpn, str(tmp_path / "narrow.pth"))
+
+
+@pytest.mark.parametrize("model", ["fpn", "c4"])
+def test_pretrained_weights_arrive_in_the_detector(model, tmp_path):
+    torch.manual_seed(3)
+    state = common.ResNetTrunk("resnet18").state_dict()
+    for x in state.values():
+        if x.is_floating_point():
+            x.add_(torch.rand_like(x))
+    torch.save({"state_dict": {f"module.encoder_q.{name}": x for name, x in state.items()}}, tmp_path / "moco.pth")
+    args = scenes_args("--weights", tmp_path / "moco.pth", "--model", model)
+    network, lines = det.new_detector(args, 0, 10, ["boxes"], 0, WORLD, None)
+    assert "122 tensors" in lines[0] or "tensors of resnet18" in lines[0]
+    found = network.state_dict()
+    for name, x in state.items():
+        place = f"backbone.{'' if model == 'c4' else 'body.'}{name}"
+        place = f"roi_heads.box_head.{name}" if model == "c4" and name.startswith("layer4") else place
+        assert torch.equal(found[place], x), name
+    del state["layer4.1.bn2.running_var"]
+    torch.save(state, tmp_path / "broken.pth")
+    with pytest.raises(common.UserError, match="layer4.1.bn2.running_var is missing"):
+        det.new_detector(scenes_args("--weights", tmp_path / "broken.pth"), 0, 10, ["boxes"], 0, WORLD, None)
+
+
+def test_heads_start_as_in_detectron2():
+    model, _ = det.build_detector(settings(*"--task coco --data x --heads 4conv1fc".split()), 80, ["boxes", "masks"], 0)
+    heads = model.roi_heads
+    std = {"cls_score": 0.01, "bbox_pred": 0.001}
+    for name, wanted in std.items():
+        layer = getattr(heads.box_predictor, name)
+        assert layer.weight.std().item() == pytest.approx(wanted, rel=0.05) and not layer.bias.any()
+    assert heads.mask_predictor.mask_fcn_logits.weight.std().item() == pytest.approx(0.001, rel=0.05)
+    assert heads.mask_predictor.conv5_mask.weight.std().item() == pytest.approx(math.sqrt(2 / (256 * 4)), rel=0.05)
+    assert not heads.mask_predictor.conv5_mask.bias.any() and not heads.mask_predictor.mask_fcn_logits.bias.any()
+    fc = next(m for m in heads.box_head if isinstance(m, nn.Linear))
+    assert fc.weight.abs().max().item() == pytest.approx(math.sqrt(3 / fc.in_features), rel=0.01) and not fc.bias.any()
+    conv = next(m for m in heads.box_head.modules() if isinstance(m, nn.Conv2d))
+    assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (256 * 9)), rel=0.05)
+    assert model.rpn.head.cls_logits.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    lateral = model.backbone.fpn.inner_blocks[3][0]
+    assert lateral.bias is None and lateral.weight.abs().max().item() == pytest.approx(math.sqrt(3 / 2048), rel=0.01)
