@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: MIT
+"""Coupling rate (CR) and mean cosine similarity (MCS): what an object's feature holds of its neighbour and of its place.
+
+Qiu et al., "De-coupling and De-positioning Dense Self-supervised Learning", 2023, section 3, Figures 3 and 4, Tables 6
+and 7. Canvases are put together from annotated objects; each stage of a frozen ResNet is looked at by itself.
+
+    CR     canvases "A beside B" and "A alone", black elsewhere: f is the mean over an object's box of a stage's map
+           CR = cos(f(A beside B), f(B)) / cos(f(A alone), f(B));  1: B does not touch the feature of A
+    MCS    the same object in all places of a 3 x 3 grid: mean cosine of the middle one's feature with the eight others
+           1: a feature does not tell where its object stands (zero-padding does)
+
+    N canvases    s, g side of an object's square in pixels    C channels of a stage    H, W a map's sides
+
+    python -m probes.bias --data /coco --weights ours=runs/d3ssl/resnet50.pth random=random      Figures 3b and 4b
+    python -m probes.bias --data scenes --arch resnet18 --weights FILE                           nothing to download
+
+DATA/annotations/instances_SPLIT.json and DATA/SPLIT/ are COCO's layout; masks are used where there are any. OUTPUT_DIR
+gets results.json, bias.png (Figures 3b and 4b), coupling.png and position.png (canvases, Figures 3a and 4a).
+
+Sizes, the objects, and what exactly is divided are not printed in the paper (AMBIGUOUS: D36, D37), so that values of this
+script can be compared with one another, at equal settings, and with the paper's in their order alone.
+"""
+
+import argparse
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import ops
+from torchvision.transforms import functional as TF
+
+import common
+from common import UserError
+from probes.frozen import (
+    HELD_OUT,
+    CocoObjects,
+    SceneObjects,
+    frozen_trunk,
+    one_process,
+    progress,
+    readable,
+    scene_count,
+    typed,
+    write_results,
+)
+
+STAGES = ("C2", "C3", "C4", "C5")
+KINDS = ("CR", "MCS")
+SMALLEST = 32  # AMBIGUOUS: D36. Pixels; objects with a shorter side are left out, they would be little but blur
+SCENE = 448  # pixels a side: objects of scenes are then about as large as the squares that they go into
+BATCH = 16  # canvases at once
+DRAWS = 100  # images tried for one object
+SHOWN = 6  # canvases in a picture
+
+
+def get_args(argv=None):
+    # fmt: off
+    parser = argparse.ArgumentParser(prog="python -m probes.bias", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--data", required=True, metavar="DIR", help="folder with annotations/instances_SPLIT.json and SPLIT/, as COCO has them; or 'scenes[:COUNT]'")
+    flag("--weights", required=True, nargs="+", metavar="NAME=FILE", help="backbones to be compared, each any checkpoint with a ResNet in it, 'imagenet' or 'random'; a FILE without NAME is called by its own")
+    flag("--output-dir", default="runs/bias", help="results.json and pictures go there")
+    flag("--split", default="val2017", help="whose objects are used")
+    flag("--arch", default="resnet50", choices=common.ARCHS, help="torchvision ResNet that the weights belong to, all of them")
+    # AMBIGUOUS: D36, D37
+    flag("--count", default=500, type=int, metavar="N", help="pairs for CR, and as many objects for MCS")
+    flag("--cut", default="mask", choices=("mask", "box"), help="an object is what is inside its outline (its box where it has none), black around it; or all that is in its box")
+    flag("--pair-size", default=128, type=int, help="CR: side of an object's square in pixels, the canvas has twice as much; multiples of 64 put its edges onto edges of cells in all stages")
+    flag("--grid-size", default=96, type=int, help="MCS: side of an object's square in pixels, a multiple of 32; the canvas has three times as much")
+    flag("--seed", default=0, type=int, help="of the objects, the scenes and random backbones")
+    # fmt: on
+    args = parser.parse_args(argv)
+    common.check_range(args, count=(1, None), pair_size=(32, None), grid_size=(32, None), seed=(0, None))
+    if args.grid_size % 32:
+        raise UserError(
+            f"--grid-size {args.grid_size}: must be a multiple of 32, or cells of C5 would lie across objects"
+        )
+    return args
+
+
+def parse_weights(words):
+    """["ours=a.pth", "b.pth", "random"] -> {"ours": "a.pth", "b": "b.pth", "random": "random"}. Errors: UserError, names twice."""
+    found = {}
+    for word in words:
+        name, equals, source = word.partition("=")
+        if not equals:
+            name, source = os.path.splitext(os.path.basename(word))[0], word
+        if not name or not source:
+            raise UserError(f"--weights {word}: write NAME=FILE")
+        if name in found:
+            raise UserError(f"--weights {word}: a second {name}: write NAME=FILE with names of their own")
+        found[name] = source
+    return found
+
+
+# ======================================================================================================================
+# Canvases
+# ======================================================================================================================
+
+
+def cut_out(image, box, mask, side):
+    """An object, stretched to a square.
+
+    Args:
+        image: PIL, W x H. box: x0 y0 x1 y1 in pixels, taken to whole ones outwards. mask: (H, W) bool, what is outside
+        becomes black; None: nothing does.
+    Returns:
+        (3, side, side) uint8
+    """
+    if mask is not None:
+        image = Image.composite(image, Image.new("RGB", image.size), Image.fromarray(mask))
+    x0, y0, x1, y1 = box
+    box = math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)
+    return TF.pil_to_tensor(image.crop(box).resize((side, side), Image.Resampling.BILINEAR))
+
+
+def pair_canvases(a, b):
+    """PAPER: section 3.1, Figure 3a. Two objects next to each other on black, and the first alone in the same place.
+
+    AMBIGUOUS: D36. Two squares that touch in the middle of a canvas of twice their side, A to the left.
+
+    Args:
+        a, b: (3, s, s) uint8.
+    Returns:
+        (A beside B, A alone): (3, 2s, 2s) each; boxes of A and B: `pair_boxes`.
+    """
+    side = a.shape[-1]
+    beside = a.new_zeros(3, 2 * side, 2 * side)
+    (ax, ay, *_), (bx, by, *_) = pair_boxes(side)
+    beside[:, ay : ay + side, ax : ax + side] = a
+    alone = beside.clone()
+    beside[:, by : by + side, bx : bx + side] = b
+    return beside, alone
+
+
+def pair_boxes(side):
+    """x0 y0 x1 y1 in pixels of A and of B on the canvases of `pair_canvases`."""
+    top, bottom = side // 2, side // 2 + side
+    return (0, top, side, bottom), (side, top, 2 * side, bottom)
+
+
+def grid_canvas(patch):
+    """PAPER: section 3.2, Figure 4a. (3, g, g) -> (3, 3g, 3g): the same object in all places of a 3 x 3 grid."""
+    return patch.repeat(1, 3, 3)
+
+
+class Canvases:
+    """What N pairs of objects are made into; pair i is drawn from (seed, i) and nothing else.
+
+    PAPER: section 3.1, "pairs of objects (A and B) belonging to different categories". AMBIGUOUS: D36. An object is drawn
+    by its image, then among those of the image that are large enough.
+
+    Args:
+        objects: CocoObjects or SceneObjects. pair_side, grid_side: s and g. cut: "mask" or "box".
+    """
+
+    def __init__(self, objects, pair_side, grid_side, cut, seed):
+        self.objects, self.sides, self.cut, self.seed = objects, (pair_side, grid_side), cut, seed
+        self.bad = common.BadImages(objects)
+
+    def __getitem__(self, i):
+        """(A beside B, A alone (3, 2s, 2s), A in all places of a grid (3, 3g, 3g)), uint8.
+
+        Errors:
+            UserError: there are not two large enough objects of different categories; images that cannot be read.
+        """
+        rng = common.generator("pair", self.seed, i)
+        item, row = self.draw(rng, None)
+        other, other_row = self.draw(rng, item.labels[row])
+        a, grid = (self.cut_out(item, row, side) for side in self.sides)
+        return *pair_canvases(a, self.cut_out(other, other_row, self.sides[0])), grid_canvas(grid)
+
+    def draw(self, rng, label):
+        """(Annotated, row of one of its objects) of another category than `label`."""
+        for _ in range(DRAWS):
+            index = torch.randint(len(self.objects), (), generator=rng).item()
+            item, passed = readable(self.objects, index)
+            if passed:
+                self.bad.note(torch.tensor([index]), torch.tensor([passed]))
+                self.bad.share()
+            fits = (item.boxes[:, 2:] - item.boxes[:, :2]).amin(1) >= SMALLEST
+            rows = (fits & (item.labels != label) if label is not None else fits).nonzero()[:, 0]
+            if len(rows):
+                return item, rows[torch.randint(len(rows), (), generator=rng)].item()
+        raise UserError(
+            f"{DRAWS} images without an object of {SMALLEST} pixels a side"
+            + (" and of a second category" if label is not None else "")
+            + ": the data do for no pairs"
+        )
+
+    def cut_out(self, item, row, side):
+        mask = item.mask(row) if self.cut == "mask" else None
+        return cut_out(item.image, item.boxes[row].tolist(), mask, side)
+
+
+# ======================================================================================================================
+# Features and measures, each of one stage
+# ======================================================================================================================
+
+
+def box_features(maps, box, side):
+    """The mean of a stage's maps over a box: RoIAlign's (AMBIGUOUS: D36), with as many bins as the box has cells.
+
+    So a box on whole cells gives the mean of these and nothing of the cells around it; 7 x 7 bins would read from them.
+
+    Args:
+        maps: (N, C, H, W) of square canvases. box: x0 y0 x1 y1 in pixels. side: of the canvases, in pixels.
+    Returns:
+        (N, C) float32
+    """
+    scale, (x0, y0, x1, y1) = maps.shape[-1] / side, box
+    rows = [torch.tensor([box], dtype=maps.dtype, device=maps.device)] * len(maps)
+    bins = math.ceil((y1 - y0) * scale), math.ceil((x1 - x0) * scale)
+    return ops.roi_align(maps, rows, bins, scale, aligned=True).float().mean((2, 3))
+
+
+def coupling_rate(a_beside_b, a_alone, b):
+    """PAPER: section 3.1. CR of each pair: the ratio of two cosines; 1 where B leaves the feature of A as it is.
+
+    AMBIGUOUS: D36. Numerator: A beside B; denominator: A alone; b: the feature of B beside A, as only two canvases are
+    described. The paper's values over 1 that rise with depth fit this order alone.
+
+    Args:
+        a_beside_b, a_alone, b: (N, C).
+    Returns:
+        (N,); not finite where A alone has nothing in common with B.
+    """
+    return F.cosine_similarity(a_beside_b, b) / F.cosine_similarity(a_alone, b)
+
+
+def grid_features(maps):
+    """(N, C, H, W) of canvases of `grid_canvas`, H and W divisible by 3 -> (N, C, 3, 3): mean over each place's cells."""
+    return F.adaptive_avg_pool2d(maps.float(), 3)
+
+
+def mean_cosine(places):
+    """PAPER: section 3.2. MCS of each canvas: mean cosine of the middle place's feature with the eight others.
+
+    Args:
+        places: (N, C, 3, 3).
+    Returns:
+        (N,), at most 1.
+    """
+    places = F.normalize(places.flatten(2), dim=1)  # (N, C, 9)
+    cosines = (places[:, :, 4:5] * places).sum(1)  # (N, 9), its own of 1 in the middle
+    return (cosines.sum(1) - cosines[:, 4]) / 8
+
+
+@torch.no_grad()
+def measure(trunk, beside, alone, grid):
+    """CR and MCS of some canvases in each stage.
+
+    Args:
+        trunk: normalised images -> a list of maps, one for each stage. beside, alone: (N, 3, 2s, 2s), grid: (N, 3, 3g, 3g),
+        uint8.
+    Returns:
+        (N, stages) each
+    """
+    side, (a, b) = beside.shape[-1], pair_boxes(beside.shape[-1] // 2)
+    rates = [
+        coupling_rate(box_features(together, a, side), box_features(single, a, side), box_features(together, b, side))
+        for together, single in zip(trunk(common.normalise(beside)), trunk(common.normalise(alone)), strict=True)
+    ]
+    # AMBIGUOUS: D37. An object's side is a multiple of all strides: only the borders tell one place from another.
+    similarities = [mean_cosine(grid_features(maps)) for maps in trunk(common.normalise(grid))]
+    return torch.stack(rates, 1), torch.stack(similarities, 1)
+
+
+def statistics(values):
+    """(N, stages) -> {stage: {"mean", "error": standard error of the mean, "count"}} over what is finite."""
+    result = {}
+    for stage, column in zip(STAGES, values.double().T, strict=True):
+        column = column[column.isfinite()]
+        error = (column.std() / len(column) ** 0.5).item() if len(column) > 1 else 0.0
+        result[stage] = {"mean": column.mean().item(), "error": error, "count": len(column)}
+    return result
+
+
+# ======================================================================================================================
+# Pictures
+# ======================================================================================================================
+
+
+def draw_plots(path, results):
+    """PAPER: Figures 3b and 4b, side by side: CR and MCS by stage, a line for each backbone, two standard errors as bars."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, kind, title in zip(axes, KINDS, ("coupling rate", "mean cosine similarity"), strict=True):
+        for name, result in results.items():
+            means, errors = ([result[kind][stage][value] for stage in STAGES] for value in ("mean", "error"))
+            axis.errorbar(
+                STAGES, means, [2 * error for error in errors], marker="o", ms=4, lw=1.4, capsize=3, label=name
+            )
+        axis.axhline(1, color="k", ls="--", lw=0.8)
+        axis.set(title=title, xlabel="stage")
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def draw_canvases(path, rows):
+    """PAPER: Figures 3a and 4a. Args: {title: (n, 3, side, side) uint8}, a row of pictures each."""
+    count = max(map(len, rows.values()))
+    figure, axes = pyplot().subplots(
+        len(rows), count, figsize=(2 * count, 2.25 * len(rows)), layout="constrained", squeeze=False
+    )
+    for line, (title, canvases) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, canvas in zip(line, canvases, strict=False):
+            axis.imshow(canvas.permute(1, 2, 0).numpy())
+        line[0].set_title(title, loc="left", fontsize=10)
+    figure.savefig(path, dpi=100)
+
+
+def pyplot():
+    """matplotlib's pyplot, which draws to files alone. Errors: UserError, it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the plots need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+# ======================================================================================================================
+# All of it
+# ======================================================================================================================
+
+
+def main(argv=None):
+    args = get_args(argv)
+    device = one_process()
+    common.make_output_dir(args.output_dir)
+    pyplot()  # to miss it now and not after the work
+    count = scene_count(args.data)
+    objects = SceneObjects(HELD_OUT, count, SCENE, args.seed) if count else CocoObjects(args.data, args.split, True)
+    trunks = {}
+    for name, source in parse_weights(args.weights).items():
+        trunks[name], _, line = frozen_trunk(source, args.arch, args.seed, device)
+        print(f"{name}: {line}", flush=True)
+    canvases = Canvases(objects, args.pair_size, args.grid_size, args.cut, args.seed)
+
+    found = {name: [] for name in trunks}
+    for first in progress(range(0, args.count, BATCH), -(-args.count // BATCH), "batches"):
+        batch = [canvases[i] for i in range(first, min(first + BATCH, args.count))]
+        beside, alone, grid = map(torch.stack, zip(*batch, strict=True))
+        if first == 0:
+            shown = {"A beside B": beside[:SHOWN], "A alone": alone[:SHOWN]}
+            draw_canvases(os.path.join(args.output_dir, "coupling.png"), shown)
+            draw_canvases(os.path.join(args.output_dir, "position.png"), {"A in nine places": grid[:SHOWN]})
+        for name, trunk in trunks.items():
+            values = measure(trunk, *(x.to(device) for x in (beside, alone, grid)))
+            found[name].append(torch.stack(values).cpu())  # (2, N, stages)
+
+    results = {}
+    for name, parts in found.items():
+        results[name] = {kind: statistics(values) for kind, values in zip(KINDS, torch.cat(parts, 1), strict=True)}
+        for kind, stages in results[name].items():
+            line = "  ".join(f"{stage} {value['mean']:.3f} +- {value['error']:.3f}" for stage, value in stages.items())
+            print(f"{kind:3} {line}  {name}")
+    print(f"means and their standard errors over {args.count} canvases")
+    draw_plots(os.path.join(args.output_dir, "bias.png"), results)
+    header = {"command": typed("probes.bias", argv), "versions": common.versions(), "settings": vars(args)}
+    write_results(os.path.join(args.output_dir, "results.json"), header | {"results": results})
+    print(f"{args.output_dir}: {', '.join(sorted(os.listdir(args.output_dir)))}")
+
+
+if __name__ == "__main__":
+    common.run_main(main)
