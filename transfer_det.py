@@ -82,13 +82,13 @@ TASKS = {
     ),
     "custom": STANDARD | dict(outputs=None, iterations=1500, drops=[1000, 1333], warmup=100),
     "scenes": STANDARD | dict(
-        outputs=["boxes", "masks", "keypoints"], batch_size=8, lr=0.02, iterations=300, drops=[225, 275], warmup=30,
-        short_sides=[128, 144, 160], test_side=144, max_side=400, rois=32, mask_convs=[64] * 2, keypoint_convs=[64] * 4,
-        precise_bn=20,
+        outputs=["boxes", "masks", "keypoints"], batch_size=4, lr=0.02, iterations=600, drops=[450, 550], warmup=50,
+        short_sides=[112, 128, 144], test_side=128, max_side=400, post_nms=200, rois=32, mask_convs=[64] * 2,
+        keypoint_convs=[64] * 4, precise_bn=20,
     ),
 }  # fmt: skip
 SCENE = 136  # pixels a side
-DEMO = dict(task="scenes", arch="resnet18", batch_size=8, print_freq=20)
+DEMO = dict(task="scenes", arch="resnet18")
 TRAIN_SET_07 = dict(iterations=9000, drops=[6750, 8250])  # AMBIGUOUS: F6. ReSim prints no number; MoCo's, from memory
 
 
@@ -208,7 +208,10 @@ HELP = {
     "scenes": "nothing: they are built in",
 }
 # Not part of what a resumed run must share with its beginning.
-FREE = "data train_json val_json images val_images output_dir demo eval_only predict steps workers print_freq save_every resume trials given protocol".split()
+FREE = ("data", "train_json", "val_json", "images", "val_images", "output_dir", "demo", "eval_only", "predict", "steps")
+FREE += ("workers", "print_freq", "save_every", "resume", "trials", "given", "protocol")
+# Not part of what --eval-only and --predict remember of a run.
+FORGOTTEN = ("output_dir", "resume", "trials", "steps", "eval_only", "predict")
 
 
 # ======================================================================================================================
@@ -740,7 +743,7 @@ class Anchors(AnchorGenerator):
 
 
 class FloatRPNHead(RPNHead):
-    """torchvision's, with fp32 outputs: boxes of a thousand pixels have no room in bf16."""
+    """torchvision's. DEVIATION: F12. With fp32 outputs: boxes of a thousand pixels have no room in bf16."""
 
     def forward(self, x):
         return tuple([y.float() for y in outputs] for outputs in super().forward(x))
@@ -803,7 +806,10 @@ class C4Head(nn.Module):
 
 
 class BoxPredictor(FastRCNNPredictor):
-    """Class scores and boxes of each class, fp32, from vectors (R, C) or the spatial mean of maps (R, C, S, S)."""
+    """Class scores and boxes of each class, fp32, from vectors (R, C) or the spatial mean of maps (R, C, S, S).
+
+    DEVIATION: F11. torchvision's has boxes of the background, too; nothing reads them.
+    """
 
     def __init__(self, in_channels, num_classes):
         super().__init__(in_channels, num_classes)
@@ -841,7 +847,7 @@ def box_losses(scores, deltas, labels, wanted, beta):
 def mask_targets(masks, boxes, size):
     """What the mask head should say: objects inside boxes, on a grid, binary.
 
-    Polygons are drawn on the grid itself; a bitmap is pooled onto it (aligned RoIAlign) and cut at one half.
+    OFFICIAL: F10. Polygons are drawn on the grid itself; a bitmap is pooled onto it (aligned RoIAlign) and cut at one half.
 
     Args:
         masks: R of what `move_mask` gives. boxes: (R, 4) on the CPU. size: S.
@@ -998,11 +1004,12 @@ def build_detector(args, classes, outputs, keypoints):
         state, line = common.load_backbone(args.weights, args.arch)
         trunk.load_state_dict(state)
         lines = [line]
+    # DEVIATION: F1. Nothing is frozen by default; released COCO files froze C2. AMBIGUOUS: F7. --freeze-backbone: C1 to C4.
     frozen = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"][: args.freeze_at and args.freeze_at + 1]
     if args.model == "c4":
         backbone, head = IntermediateLayerGetter(trunk, {"layer3": "c4"}), C4Head(trunk.layer4, trunk.widths[3])
         places = {"layer4": "roi_heads.box_head.layer4"}
-        anchors, divisor = Anchors([[32, 64, 128, 256, 512]], [16]), 1
+        anchors, divisor = Anchors([[32, 64, 128, 256, 512]], [16]), 1  # OFFICIAL: F13. no padding to a multiple
         channels, box_pool, box_width = trunk.widths[2], AlignedRoIPool([16], 14), trunk.widths[3]
         before, after = dict(training=12000, testing=6000), dict(training=2000, testing=1000)
     else:
@@ -1021,7 +1028,10 @@ def build_detector(args, classes, outputs, keypoints):
         for layer in (module for module in head.modules() if isinstance(module, nn.Linear)):
             nn.init.kaiming_uniform_(layer.weight, a=1)
             nn.init.zeros_(layer.bias)
-        before, after = dict(training=2000, testing=1000), dict(training=args.post_nms, testing=1000)
+        before, after = (
+            dict(training=2000, testing=1000),
+            dict(training=args.post_nms, testing=min(args.post_nms, 1000)),
+        )
 
     rpn_head = FloatRPNHead(channels, anchors.num_anchors_per_location()[0])
     rpn = RPN(anchors, rpn_head, 0.7, 0.3, 256, 0.5, before, after, nms_thresh=0.7)
@@ -1508,11 +1518,11 @@ def draw(image, rows, categories, longest=None):
     """An image with boxes, names (scores), masks and keypoints drawn in.
 
     Args:
-        image: PIL RGB. rows: annotations, or detections as `detect` gives them. longest: shrink so far at most, pixels.
+        image: PIL RGB. rows: annotations, or detections as `detect` gives them. longest: long side of the result, pixels.
     Returns:
         PIL RGB.
     """
-    scale = min(1.0, (longest or math.inf) / max(image.size))
+    scale = longest / max(image.size) if longest else 1.0
     size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
     canvas = to_tensor(image.resize(size, Image.BILINEAR))
     if not rows:
@@ -1527,13 +1537,15 @@ def draw(image, rows, categories, longest=None):
         canvas = torchvision.utils.draw_segmentation_masks(canvas, masks, alpha=0.5, colors=colours)
     boxes = torch.tensor([row["box"] for row in rows]) * scale
     names = [categories[row["label"] - 1]["name"] + (f" {row['score']:.2f}" if "score" in row else "") for row in rows]
-    canvas = torchvision.utils.draw_bounding_boxes(canvas, boxes, names, colours, width=2)
-    for row, colour in zip(rows, colours, strict=True):
+    canvas = torchvision.utils.draw_bounding_boxes(
+        canvas, boxes, names, colours, width=2, label_colors="black", fill_labels=True
+    )
+    for row in rows:
         points = row.get("keypoints")
         if points is not None:
             points = torch.as_tensor(np.asarray(points, np.float32)).view(-1, 3)
             points = (points[points[:, 2] > 0, :2] + 0.5) * scale
-            canvas = torchvision.utils.draw_keypoints(canvas, points[None], colors=colour, radius=3)
+            canvas = torchvision.utils.draw_keypoints(canvas, points[None], colors="white", radius=3)
     return Image.fromarray(canvas.permute(1, 2, 0).numpy())
 
 
@@ -1554,16 +1566,15 @@ def draw_predictions(data, found, path, count=6):
     columns = []
     for index in range(len(data)):
         truth = data.annotations(index)
-        if truth and found.get(index) is not None and len(columns) < count:
+        if truth and len(columns) < count:
             with contextlib.suppress(OSError):
                 image = data.read(index)
                 columns.append([draw(image, rows, data.categories, 400) for rows in (truth, confident(found[index]))])
-    if not columns:
-        return
-    sheet = Image.new("RGB", (410 * len(columns), 820), "white")
+    height = max((column[0].height for column in columns), default=0) + 10
+    sheet = Image.new("RGB", (410 * len(columns) + 10, 2 * height + 10), "white")
     for place, column in enumerate(columns):
         for row, picture in enumerate(column):
-            sheet.paste(picture, (410 * place + 5, 410 * row + 5))
+            sheet.paste(picture, (410 * place + 10, height * row + 10))
     sheet.save(path)
 
 
@@ -1805,7 +1816,7 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
             checkpoints.save(
                 {"detector.pth": model.state_dict()}, step=step, model=model.state_dict(), optimizer=optimizer.state_dict(),
                 scaler=scaler.state_dict(), bad_images=sorted(bad.found), precise=precise,
-                given={name: getattr(args, name) for name in args.given if name not in ("eval_only", "predict", "steps")},
+                given={name: getattr(args, name) for name in args.given if name not in FORGOTTEN},
                 categories=train.categories, outputs=outputs, keypoints=keypoints,
             )  # fmt: skip
 
@@ -1871,7 +1882,9 @@ def new_detector(args, seed, classes, outputs, keypoints, world, state):
         model, lines = build_detector(args, classes, outputs, keypoints)
     if state:
         model.load_state_dict(state["model"])
-    if world.size > 1 and world.device.type == "cuda":  # OFFICIAL: F2.
+    if (
+        world.size > 1 and world.device.type == "cuda"
+    ):  # DEVIATION: F2. MoCo's later files average the processes' statistics
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     elif world.size > 1:
         print0("batch norm is not synchronised between processes on a CPU")
@@ -1951,7 +1964,7 @@ def main(argv=None):
         return
 
     data, results = open_data(args), []
-    for seed in range(args.seed, args.seed + args.trials):
+    for seed in range(args.seed, args.seed + args.trials):  # AMBIGUOUS: F15. nobody published seeds
         folder = args.output_dir if args.trials == 1 else os.path.join(args.output_dir, f"seed{seed}")
         result = fine_tune(args, seed, folder, data, world, stop_signal)
         if result is None:

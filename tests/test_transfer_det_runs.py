@@ -186,7 +186,7 @@ def test_a_run_writes_what_it_promises(finished):
     assert {"backbone.body.conv1.weight", "backbone.fpn.inner_blocks.0.0.weight", "rpn.head.cls_logits.bias"} <= set(
         state
     )
-    assert Image.open(folder / "predictions.png").size == (2460, 820)
+    assert Image.open(folder / "predictions.png").size == (2470, 830)
 
 
 def test_a_finished_run_says_so(finished):
