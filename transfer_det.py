@@ -239,12 +239,13 @@ class CocoData:
             self.categories = sorted(content["categories"], key=lambda category: category["id"])
             label = {category["id"]: number for number, category in enumerate(self.categories, 1)}
             images = {image["id"]: dict(image) for image in content["images"]}
-            rows, dropped = {key: [] for key in images}, 0
+            raw, dropped, packed = {key: [] for key in images}, 0, {}
             for annotation in content["annotations"]:
-                row = clean_annotation(annotation, label)
-                dropped += row is None
-                if row is not None:
-                    rows[annotation["image_id"]].append(row)
+                raw[annotation["image_id"]].append(annotation)
+            for key in images:
+                rows = [clean_annotation(annotation, label) for annotation in raw[key]]
+                dropped += rows.count(None)
+                packed[key] = pickle.dumps([row for row in rows if row is not None])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{title}: not in COCO's format ({type(error).__name__}: {error})") from None
         if not images or not label:
@@ -258,7 +259,7 @@ class CocoData:
             )
         for key in missing:
             print0(f"{title}: {images[key]['file_name']} is not in {folder}; passed over")
-            del images[key], rows[key]
+            del images[key], packed[key]
         if dropped:
             print0(f"{title}: {dropped} annotations have an empty box and are passed over")
         self.images = list(images.values())
@@ -267,9 +268,8 @@ class CocoData:
                 with Image.open(os.path.join(folder, image["file_name"])) as file:
                     image["width"], image["height"] = file.size
         # One array of bytes: millions of small objects would be copied into every loader process.
-        packed = [pickle.dumps(rows[key]) for key in images]
-        self.ends = np.cumsum([0, *map(len, packed)])
-        self.packed = np.frombuffer(b"".join(packed), np.uint8)
+        self.ends = np.cumsum([0, *map(len, packed.values())])
+        self.packed = np.frombuffer(b"".join(packed.values()), np.uint8)
 
     def __len__(self):
         return len(self.images)
