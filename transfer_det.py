@@ -29,6 +29,7 @@ import json
 import math
 import os
 import pickle
+import re
 import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
 
@@ -65,11 +66,12 @@ STANDARD = dict(
 )  # fmt: skip
 SCHEDULES = {"1x": (90000, [60000, 80000]), "2x": (180000, [120000, 160000])}
 TASKS = {
-    # PAPER: SetSim section 4, ReSim section 4.2 and Table 4, D3SSL Table 1: VOC 07+12, 24k iterations.
+    # PAPER: SetSim section 4, ReSim section 4.1 and Table 4, D3SSL Table 1: VOC 07+12, 24k iterations.
     "voc": STANDARD | dict(
         outputs=["boxes"], model="c4", iterations=24000, drops=[18000, 22000], warmup=100,
         short_sides=[*range(480, 801, 32)],
     ),
+    # AMBIGUOUS: F18. SetSim's text and numbers are protocol A's, its released file for 1x has the heads of B.
     "coco": STANDARD | dict(outputs=["boxes", "masks"], iterations=90000, drops=[60000, 80000]),
     # OFFICIAL: F16. detectron2's keypoint models: smooth L1 for boxes, 1500 proposals in training.
     "coco-keypoint": STANDARD | dict(
@@ -89,6 +91,7 @@ TASKS = {
 }  # fmt: skip
 SCENE = 136  # pixels a side
 DEMO = dict(task="scenes", arch="resnet18")
+MOMENTUM = 0.9  # of SGD, in all of them
 TRAIN_SET_07 = dict(iterations=9000, drops=[6750, 8250])  # AMBIGUOUS: F6. ReSim prints no number; MoCo's, from memory
 
 
@@ -112,8 +115,8 @@ def get_args(argv=None):
     flag("--train-set", default="07+12", choices=("07+12", "07"), help="voc: trainval of 2007 and 2012, or of 2007 alone with its own schedule")
     flag("--schedule", default="1x", choices=SCHEDULES, help="coco, coco-keypoint: 90000 or 180000 iterations")
     flag("--model", default=None, choices=("fpn", "c4"), help="pyramid, or single map with res5 in the RoI head; default the task's")
-    flag("--heads", default="plain", choices=("plain", "4conv1fc"), help="of FPN models: MoCo's, ReSim's and SetSim's (protocol A), or DenseCL's and PixPro's, with batch norm (protocol B); never to be mixed")
-    flag("--freeze-at", default=0, type=int, metavar="N", help="freeze weights and batch norm of the stem (1), C2 (2) to C5 (5); 2 is what ReSim's and SetSim's released COCO files do")
+    flag("--heads", default="plain", choices=("plain", "4conv1fc"), help="of FPN models: MoCo's, ReSim's and by its numbers SetSim's (protocol A), or DenseCL's and PixPro's, with batch norm (protocol B); never to be mixed")
+    flag("--freeze-at", default=0, type=int, metavar="N", help="freeze weights and batch norm of the stem (1), C2 (2) to C5 (5); 2 is what ReSim's released COCO files and SetSim's for 2x do")
     flag("--freeze-backbone", dest="freeze_at", action="store_const", const=4, default=0, help="the same as --freeze-at 4: C1 to C4, ReSim's Table 3b")
     flag("--iterations", default=None, type=int, help="length of the schedule in the task's batches, drops and warm-up in proportion; default the task's")
     flag("--batch-size", default=None, type=int, help="over all processes; the learning rate is scaled with it and the iterations against it; default the task's")
@@ -122,7 +125,7 @@ def get_args(argv=None):
     flag("--short-sides", default=None, type=int, nargs="+", help="pixels: the image's short side in training, one drawn at random; default the task's")
     flag("--test-side", default=None, type=int, help="pixels: the short side in testing; default the task's")
     flag("--max-side", default=None, type=int, help="pixels: limit of the long side; default the task's")
-    flag("--precise-bn", default=None, type=int, metavar="N", help="before testing, measure batch statistics over N training batches; 0: keep the running means; default 200")
+    flag("--precise-bn", default=None, type=int, metavar="N", help="before testing, measure batch statistics over N training batches; 0: keep the running means; default the task's")
     flag("--amp", default="none", choices=("none", "bf16", "fp16"), help="autocast in training; losses, boxes and testing are fp32 always")
     flag("--seed", default=0, type=int, help="everything random is a function of it")
     flag("--trials", default=1, type=int, help="so many runs with seeds SEED, SEED + 1, ...; their mean and deviation at the end")
@@ -228,48 +231,69 @@ class CocoData:
 
     Args:
         content: COCO's {"images", "annotations", "categories"}; annotations may have "difficult".
-        folder: what file names start from. title: what messages call it.
+        folder: what file names start from. title: what messages call it. categories: those of the data that a detector
+        was trained on, where these are to be evaluated with it.
     Errors:
-        UserError: not COCO's format, or images that do not exist (up to 1 % are passed over and named).
+        UserError: not COCO's format, other categories, or more than 1 % (and more than one) of the images missing or of
+        the annotations without image; fewer are passed over and named.
     """
 
-    def __init__(self, content, folder, title):
+    def __init__(self, content, folder, title, categories=None):
+        self.folder, self.title = folder, title
         try:
-            self.folder, self.title = folder, title
             self.categories = sorted(content["categories"], key=lambda category: category["id"])
+            known = {category["id"]: category["name"] for category in categories or self.categories}
+            strange = [c["name"] for c in self.categories if known.get(c["id"]) != c["name"]]
+            if strange:
+                raise UserError(f"{title}: categories {strange} are not those of the training data (id and name)")
+            self.categories = categories or self.categories
             label = {category["id"]: number for number, category in enumerate(self.categories, 1)}
-            images = {image["id"]: dict(image) for image in content["images"]}
-            raw, dropped, packed = {key: [] for key in images}, 0, {}
+            keys = ("id", "file_name", "width", "height")
+            images = {image["id"]: {key: image.get(key) for key in keys} for image in content["images"]}
+            raw, lost = {key: [] for key in images}, []
             for annotation in content["annotations"]:
-                raw[annotation["image_id"]].append(annotation)
-            for key in images:
-                rows = [clean_annotation(annotation, label) for annotation in raw[key]]
-                dropped += rows.count(None)
-                packed[key] = pickle.dumps([row for row in rows if row is not None])
-        except (KeyError, TypeError, ValueError) as error:
+                raw.get(annotation["image_id"], lost).append(annotation)
+            self.keypoints = list(next((c["keypoints"] for c in self.categories if c.get("keypoints")), []))
+            rows = {key: [clean_annotation(a, label, self.keypoints) for a in found] for key, found in raw.items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{title}: not in COCO's format ({type(error).__name__}: {error})") from None
         if not images or not label:
             raise UserError(f"{title}: it has {len(images)} images and {len(label)} categories")
-        self.keypoints = list(next((c["keypoints"] for c in self.categories if c.get("keypoints")), []))
+        if len(lost) > max(1, len(content["annotations"]) // 100):
+            raise UserError(
+                f"{title}: {len(lost)} annotations name images that are not in it, e.g. {lost[0]['image_id']}"
+            )
         missing = [key for key, image in images.items() if not os.path.exists(os.path.join(folder, image["file_name"]))]
-        if len(missing) > len(images) // 100 + (len(missing) == 1 < len(images)):
+        for key, image in images.items():
+            if key not in missing and not (image["width"] and image["height"]):
+                try:
+                    image["width"], image["height"] = common.read_image(os.path.join(folder, image["file_name"])).size
+                except OSError:
+                    missing.append(key)
+        if len(missing) > max(1, len(images) // 100) or len(missing) == len(images):
             raise UserError(
                 f"{title}: {len(missing)} of its {len(images)} images are not in {folder}, "
                 f"for instance {images[missing[0]]['file_name']}"
             )
         for key in missing:
             print0(f"{title}: {images[key]['file_name']} is not in {folder}; passed over")
-            del images[key], packed[key]
-        if dropped:
-            print0(f"{title}: {dropped} annotations have an empty box and are passed over")
-        self.images = list(images.values())
-        for image in self.images:
-            if "width" not in image or "height" not in image:
-                with Image.open(os.path.join(folder, image["file_name"])) as file:
-                    image["width"], image["height"] = file.size
+            del images[key], rows[key]
+        empty = sum(found.count(None) for found in rows.values())
+        for count, what in ((empty, "have an empty box"), (len(lost), "name an image that is not in it")):
+            if count:
+                print0(f"{title}: {count} annotations {what} and are passed over")
         # One array of bytes: millions of small objects would be copied into every loader process.
-        self.ends = np.cumsum([0, *map(len, packed.values())])
-        self.packed = np.frombuffer(b"".join(packed.values()), np.uint8)
+        self.images = list(images.values())
+        rows = [[row for row in rows[key] if row is not None] for key in images]
+        packed = [pickle.dumps(found) for found in rows]
+        self.ends = np.cumsum([0, *map(len, packed)])
+        self.packed = np.frombuffer(b"".join(packed), np.uint8)
+        digest = hashlib.sha256()
+        for image, found in zip(self.images, rows, strict=True):
+            digest.update(
+                repr([image["file_name"], [(row["box"], row["label"], row["crowd"]) for row in found]]).encode()
+            )
+        self.digest = digest.hexdigest()
 
     def __len__(self):
         return len(self.images)
@@ -284,6 +308,9 @@ class CocoData:
         """The image, RGB. Errors: OSError, unreadable or of another size than its annotations say."""
         image, path = self.images[index], os.path.join(self.folder, self.images[index]["file_name"])
         pixels = common.read_image(path)
+        if pixels.size[::-1] == (image["width"], image["height"]):  # annotated without regard to its EXIF rotation
+            with Image.open(path) as stored:
+                pixels = stored.convert("RGB")
         if pixels.size != (image["width"], image["height"]):
             raise OSError(f"{path} is {pixels.size}, annotated are {image['width']} x {image['height']} pixels")
         return pixels
@@ -295,20 +322,22 @@ class CocoData:
             rows = [row for row in rows if row["keypoints"] is not None and (row["keypoints"][:, 2] > 0).any()]
         return len(rows) > 0
 
-    def complete(self, field):
-        """Whether every object that is no crowd has this field (segmentation or keypoints)."""
+    def count(self, field):
+        """(objects that have this field, segmentation or keypoints; objects), crowds left out."""
         rows = [row for i in range(len(self)) for row in self.annotations(i) if not row["crowd"]]
-        return bool(rows) and all(row[field] is not None for row in rows)
+        return sum(row[field] is not None for row in rows), len(rows)
 
     def fingerprint(self):
         """A name for this list of images, whatever folder it lies in."""
-        names = "|".join(f"{image['file_name']} {image['width']} {image['height']}" for image in self.images)
-        digest = hashlib.sha256(names.encode() + getattr(self, "packed", np.zeros(0)).tobytes())
-        return f"{len(self)} images, sha256 {digest.hexdigest()[:16]}"
+        return f"{len(self)} images, sha256 {self.digest[:16]}"
 
 
-def clean_annotation(annotation, label):
-    """One object as `CocoData.annotations` gives it, None if its box is empty. Polygons under three points are dropped."""
+def clean_annotation(annotation, label, names):
+    """One object as `CocoData.annotations` gives it, None if its box is empty. Polygons under three points are dropped.
+
+    Args:
+        annotation: COCO's dict. label: {category id: 1..K}. names: of the keypoints.
+    """
     from pycocotools import mask as rle
 
     x, y, width, height = (float(value) for value in annotation["bbox"])
@@ -320,6 +349,8 @@ def clean_annotation(annotation, label):
         segmentation = polygons or None
     elif isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
         segmentation = rle.frPyObjects(segmentation, *segmentation["size"])
+    if keypoints and len(keypoints) != 3 * len(names):
+        raise ValueError(f"annotation {annotation.get('id')} has {len(keypoints)} numbers for {len(names)} keypoints")
     return {
         "box": [x, y, x + width, y + height],
         "label": label[annotation["category_id"]],
@@ -331,7 +362,7 @@ def clean_annotation(annotation, label):
     }
 
 
-def read_coco(path, folder):
+def read_coco(path, folder, categories=None):
     """COCO's annotation file. Errors: UserError, no such file or folder, or no JSON."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder of images")
@@ -342,7 +373,7 @@ def read_coco(path, folder):
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path}: not a JSON file ({error})") from None
-    return CocoData(content, folder, path)
+    return CocoData(content, folder, path, categories)
 
 
 VOC_CLASSES = (
@@ -370,23 +401,22 @@ def read_voc(root, sets):
             xml_path = os.path.join(root, folder, "Annotations", f"{name}.xml")
             try:
                 tree = xml.etree.ElementTree.parse(xml_path)
-            except (OSError, xml.etree.ElementTree.ParseError) as error:
-                raise UserError(f"{xml_path}: cannot be read ({error})") from None
-            width, height = (int(tree.findtext(f"size/{side}")) for side in ("width", "height"))
+                width, height = (int(tree.findtext(f"size/{side}")) for side in ("width", "height"))
+                for thing in tree.findall("object"):
+                    sides = ("xmin", "ymin", "xmax", "ymax")
+                    left, top, right, bottom = (float(thing.findtext(f"bndbox/{side}")) for side in sides)
+                    annotations.append(
+                        {
+                            "image_id": len(images) + 1,
+                            "category_id": VOC_CLASSES.index(thing.findtext("name")) + 1,
+                            "bbox": [left - 1, top - 1, right - left + 1, bottom - top + 1],
+                            "difficult": int(thing.findtext("difficult") or 0),
+                        }
+                    )
+            except (OSError, xml.etree.ElementTree.ParseError, TypeError, ValueError) as error:
+                raise UserError(f"{xml_path}: cannot be read as an annotation of VOC ({error})") from None
             file_name = f"{folder}/JPEGImages/{name}.jpg"
             images.append({"id": len(images) + 1, "file_name": file_name, "width": width, "height": height})
-            for thing in tree.findall("object"):
-                left, top, right, bottom = (
-                    float(thing.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")
-                )
-                annotations.append(
-                    {
-                        "image_id": len(images),
-                        "category_id": VOC_CLASSES.index(thing.findtext("name")) + 1,
-                        "bbox": [left - 1, top - 1, right - left + 1, bottom - top + 1],
-                        "difficult": int(thing.findtext("difficult") or 0),
-                    }
-                )
     categories = [{"id": number, "name": name} for number, name in enumerate(VOC_CLASSES, 1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     return CocoData(content, root, f"VOC {' + '.join(' '.join(part) for part in sets)}")
@@ -427,6 +457,7 @@ class CityscapesData(CocoData):
         if missing or not self.images:
             what = self.truth(missing[0]) if missing else base
             raise UserError(f"{what}: not there; --data must be {HELP['cityscapes']}")
+        self.digest = hashlib.sha256(repr([image["file_name"] for image in self.images]).encode()).hexdigest()
         with ThreadPoolExecutor(common.usable_cores()) as pool:
             self.has_objects = list(pool.map(lambda index: max(self.instances(index)[1]) >= 24000, range(len(self))))
 
@@ -437,8 +468,11 @@ class CityscapesData(CocoData):
 
     def instances(self, index):
         """(H, W) int32 instance map of an image, and its values among 0 and those of the eight classes."""
-        with Image.open(self.truth(index)) as image:
-            ids = np.asarray(image).astype(np.int32)
+        try:
+            with Image.open(self.truth(index)) as image:
+                ids = np.asarray(image).astype(np.int32)
+        except OSError as error:
+            raise UserError(f"{self.truth(index)}: cannot be read ({error})") from None
         found = np.flatnonzero(np.bincount(ids.clip(0).ravel()))
         return ids, [0, *(int(i) for i in found if (i // 1000 if i >= 1000 else i) in self.label)]
 
@@ -476,6 +510,7 @@ class SceneData(CocoData):
         self.images = [
             {"id": i + 1, "file_name": f"scene {first + i}", "width": side, "height": side} for i in range(count)
         ]
+        self.digest = hashlib.sha256(repr((first, count, side, seed)).encode()).hexdigest()
 
     def scene(self, index):
         from tools.scenes import make_scene
@@ -506,42 +541,52 @@ class SceneData(CocoData):
         return True
 
 
-def open_data(args):
-    """The task's data: (to train on, to evaluate on). Errors: UserError, names the layout that is expected."""
+def open_data(args, split, categories=None):
+    """The task's data for "train" or "val". Errors: UserError, names the layout that is expected.
+
+    Args:
+        categories: val: those that the detector knows.
+    """
+    training = split == "train"
     if args.task == "scenes":
         data = args.data or "scenes"
         if data.partition(":")[0] != "scenes":
             raise UserError(f"--data {data}: --task scenes wants 'scenes' or 'scenes:COUNT'")
         count = 512 if data == "scenes" else len(common.open_images(data, SCENE, 0))
-        return SceneData(0, count, SCENE, 0), SceneData(count, max(count // 4, 8), SCENE, 0)
+        return SceneData(0, count, SCENE, 0) if training else SceneData(count, max(count // 4, 8), SCENE, 0)
     if args.task == "custom":
-        val_images = args.val_images or args.images
-        return read_coco(args.train_json, args.images), read_coco(args.val_json, val_images)
+        if training:
+            return read_coco(args.train_json, args.images)
+        return read_coco(args.val_json, args.val_images or args.images, categories)
     if not os.path.isdir(args.data):
         raise UserError(f"--data {args.data}: no such folder; it must be {HELP[args.task]}")
     if args.task == "voc":
         years = ["2007"] if args.train_set == "07" else ["2007", "2012"]
-        return read_voc(args.data, [(year, "trainval") for year in years]), read_voc(args.data, [("2007", "test")])
+        return read_voc(args.data, [(year, "trainval") for year in years] if training else [("2007", "test")])
     if args.task == "cityscapes":
-        return CityscapesData(args.data, "train"), CityscapesData(args.data, "val")
+        return CityscapesData(args.data, split)
     kind = "person_keypoints" if args.task == "coco-keypoint" else "instances"
-    found = []
-    for split in ("train2017", "val2017"):
-        path = os.path.join(args.data, "annotations", f"{kind}_{split}.json")
-        if not os.path.exists(path) or not os.path.isdir(os.path.join(args.data, split)):
-            raise UserError(f"--data {args.data}: it must be {HELP[args.task]}")
-        found.append(read_coco(path, os.path.join(args.data, split)))
-    return tuple(found)
+    path, folder = (
+        os.path.join(args.data, "annotations", f"{kind}_{split}2017.json"),
+        os.path.join(args.data, f"{split}2017"),
+    )
+    if not os.path.exists(path) or not os.path.isdir(folder):
+        raise UserError(f"--data {args.data}: it must be {HELP[args.task]}")
+    return read_coco(path, folder, categories)
 
 
 def outputs_of(args, train):
-    """What the detector gives: the task's, or what all objects of custom data have; and the keypoints' names."""
+    """What the detector gives: the task's, or what objects of custom data have; and the keypoints' names."""
     outputs = args.outputs
     if args.task == "custom":
-        masks, keypoints = train.complete("segmentation"), bool(train.keypoints) and train.complete("keypoints")
-        outputs = ["boxes", *(["masks"] if masks else []), *(["keypoints"] if keypoints else [])]
-    if args.model == "c4":
-        outputs = [name for name in outputs if name != "keypoints"]  # no such head was ever defined on C4
+        outputs = ["boxes"]
+        for name, field in (("masks", "segmentation"), ("keypoints", "keypoints")):
+            have, objects = train.count(field)
+            print0(f"{train.title}: {have} of {objects} objects have {name}")
+            outputs += [name] if have else []
+    if args.model == "c4" and "keypoints" in outputs:
+        print0("no keypoints are learned: there is no such head on C4")
+        outputs = [name for name in outputs if name != "keypoints"]
     return outputs, train.keypoints if "keypoints" in outputs else []
 
 
@@ -555,12 +600,13 @@ def resized(height, width, short_side, max_side):
     scale = short_side / min(height, width)
     if max(height, width) * scale > max_side:
         scale = max_side / max(height, width)
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
 def flip_order(names):
-    """Where each keypoint stands after a flip: left and right ones, known by their names, change places."""
-    other = [name.replace("left", "RIGHT").replace("right", "left").replace("RIGHT", "right") for name in names]
+    """Where each keypoint stands after a flip: left and right ones, known by these words in their names, change places."""
+    names = [name.lower() for name in names]
+    other = [name.replace("left", "R").replace("right", "left").replace("R", "right") for name in names]
     return [names.index(name) if name in names else place for place, name in enumerate(other)]
 
 
@@ -571,9 +617,9 @@ def move_objects(rows, size, new_size, flip, order):
         rows: as `CocoData.annotations` gives them, without crowds. size, new_size: (height, width). flip: bool.
         order: as `flip_order` gives it.
     Returns:
-        dict of boxes (G, 4) float32, clipped to the image; labels (G,) int64; masks, a list of G, each a list of
-        polygons or a uint8 array of the new size, or None; keypoints (G, n, 3) float32, pixel centres at .5, those that
-        left the image invisible. Objects whose box is empty by then are gone.
+        dict of boxes (G, 4) float32, clipped to the image; labels (G,) int64; masks, a list of G, see `move_mask`;
+        keypoints (G, n, 3) float32, pixel centres at .5, those that left the image invisible. Objects whose box or bitmap
+        is empty by then are gone.
     """
     (height, width), (new_height, new_width) = size, new_size
     scale = np.array([new_width / width, new_height / height])
@@ -582,9 +628,10 @@ def move_objects(rows, size, new_size, flip, order):
         boxes[..., 0] = new_width - boxes[:, ::-1, 0]
     boxes = boxes.reshape(-1, 4).clip(0, [new_width, new_height, new_width, new_height])
     kept = [i for i, box in enumerate(boxes) if box[2] - box[0] > 1e-5 and box[3] - box[1] > 1e-5]
-    masks, points = [], []
+    masks = {i: move_mask(rows[i]["segmentation"], size, new_size, flip) for i in kept}
+    kept = [i for i in kept if not (isinstance(masks[i], tuple) and masks[i][0].size == 0)]
+    points = []
     for i in kept:
-        masks.append(move_mask(rows[i]["segmentation"], size, new_size, flip))
         known = rows[i]["keypoints"] is not None and len(order)
         moved = rows[i]["keypoints"].copy() if known else np.zeros((len(order), 3))
         moved[:, :2] = (moved[:, :2] + 0.5) * scale  # a keypoint names its pixel: whole numbers are pixel centres
@@ -596,13 +643,17 @@ def move_objects(rows, size, new_size, flip, order):
     return {
         "boxes": torch.tensor(boxes[kept], dtype=torch.float32),
         "labels": torch.tensor([rows[i]["label"] for i in kept], dtype=torch.int64),
-        "masks": masks,
+        "masks": [masks[i] for i in kept],
         "keypoints": torch.tensor(np.array(points).reshape(len(kept), len(order), 3), dtype=torch.float32),
     }
 
 
 def move_mask(segmentation, size, new_size, flip):
-    """A mask after resizing and flipping: polygons stay polygons, everything else becomes a uint8 array of the new size."""
+    """A mask after resizing and flipping: polygons stay polygons, everything else becomes its part that is not empty.
+
+    Returns:
+        None, a list of flat float arrays, or (uint8 array, left, top): the bitmap inside its own extent, in pixels.
+    """
     from pycocotools import mask as rle
 
     if segmentation is None:
@@ -614,7 +665,10 @@ def move_mask(segmentation, size, new_size, flip):
         return [part.ravel() for part in moved]
     bitmap = rle.decode(segmentation) if isinstance(segmentation, dict) else segmentation.astype(np.uint8)
     bitmap = np.asarray(Image.fromarray(bitmap).resize(new_size[::-1], Image.NEAREST))
-    return np.ascontiguousarray(bitmap[:, ::-1] if flip else bitmap)
+    bitmap = bitmap[:, ::-1] if flip else bitmap
+    ys, xs = np.flatnonzero(bitmap.any(1)), np.flatnonzero(bitmap.any(0))
+    top, bottom, left, right = (ys[0], ys[-1] + 1, xs[0], xs[-1] + 1) if len(ys) else (0, 0, 0, 0)
+    return np.ascontiguousarray(bitmap[top:bottom, left:right]), int(left), int(top)
 
 
 def to_tensor(image):
@@ -786,11 +840,12 @@ class AlignedRoIPool(nn.Module):
         sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
         first, last = (round(math.log2(stride)) for stride in (self.strides[0], self.strides[-1]))
         levels = (4 + torch.log2(sides / 224 + 1e-8)).floor().clamp(first, last) - first  # (R,) FPN's Eq. 1
-        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], self.size, self.size)
+        order, parts = [], []
         for level, (x, stride) in enumerate(zip(maps, self.strides, strict=True)):
             here = (levels == level).nonzero().squeeze(1)
-            part = ops.roi_align(x, rois[here], self.size, 1 / stride, sampling_ratio=0, aligned=True)
-            pooled = pooled.index_copy(0, here, part.to(pooled.dtype))
+            parts.append(ops.roi_align(x, rois[here], self.size, 1 / stride, sampling_ratio=0, aligned=True))
+            order.append(here)
+        pooled = torch.cat(parts)[torch.cat(order).argsort()] if len(maps) > 1 else parts[0]
         return pooled.contiguous(memory_format=torch.channels_last)
 
 
@@ -864,8 +919,10 @@ def mask_targets(masks, boxes, size):
             parts = [((part.reshape(-1, 2) - [x0, y0]) * scale).ravel().tolist() for part in mask]
             target += torch.from_numpy(rle.decode(rle.merge(rle.frPyObjects(parts, size, size))))
         else:
-            bitmap = torch.tensor(mask)[None, None].float()
-            target += ops.roi_align(bitmap, [box[None].float()], size, sampling_ratio=0, aligned=True)[0, 0] >= 0.5
+            bitmap, left, top = mask
+            bitmap = F.pad(torch.from_numpy(bitmap)[None, None].float(), (1, 1, 1, 1))  # around it there is nothing
+            box = box[None].float() - torch.tensor([left - 1.0, top - 1.0]).repeat(2)
+            target += ops.roi_align(bitmap, [box], size, sampling_ratio=0, aligned=True)[0, 0] >= 0.5
     return targets
 
 
@@ -894,8 +951,6 @@ class RoIHeads(stock.RoIHeads):
             losses = dict(zip(("loss_class", "loss_box"), losses, strict=True))
             foreground = [label.nonzero().squeeze(1) for label in labels]
             count = sum(map(len, foreground))
-            if count == 0:  # one RoI with weight 0 keeps all parameters in the graph and batch norm from an empty batch
-                foreground[0] = foreground[0].new_zeros(1)
             boxes = [box[here] for box, here in zip(proposals, foreground, strict=True)]
             classes = torch.cat([label[here] for label, here in zip(labels, foreground, strict=True)])
             owners = [match[here] for match, here in zip(matches, foreground, strict=True)]
@@ -909,25 +964,24 @@ class RoIHeads(stock.RoIHeads):
         if self.mask_predictor is not None:
             logits = self.mask_predictor(self.mask_maps(maps, boxes, shared, rows)).float()  # (R, K + 1, S, S)
             logits = logits[torch.arange(len(classes), device=classes.device), classes]
-            if self.training and count:
+            if self.training:
                 masks = [
                     target["masks"][i] for target, owner in zip(targets, owners, strict=True) for i in owner.tolist()
                 ]
-                truth = mask_targets(masks, torch.cat(boxes).cpu(), logits.shape[-1]).to(logits.device)
-                losses["loss_mask"] = F.binary_cross_entropy_with_logits(logits, truth)
-            elif self.training:
-                losses["loss_mask"] = 0 * logits.sum()
+                known = [i for i, mask in enumerate(masks) if mask is not None]  # some custom objects have boxes alone
+                masks, corners = [masks[i] for i in known], torch.cat(boxes)[known].cpu()
+                truth = mask_targets(masks, corners, logits.shape[-1]).to(logits.device)
+                loss = F.binary_cross_entropy_with_logits(logits[known], truth) if known else 0 * logits.sum()
+                losses["loss_mask"] = loss
             else:
                 for one, mask in zip(found, logits.sigmoid().split([len(box) for box in boxes]), strict=True):
                     one["masks"] = mask
         if self.keypoint_predictor is not None:
             logits = self.keypoint_predictor(self.keypoint_head(self.keypoint_roi_pool(maps, boxes))).float()
             logits = logits.contiguous()  # (R, n, S, S); torchvision's loss takes views of it
-            if self.training and count:
+            if self.training:
                 points = [target["keypoints"] for target in targets]
                 losses["loss_keypoint"] = stock.keypointrcnn_loss(logits, boxes, points, owners)
-            elif self.training:
-                losses["loss_keypoint"] = 0 * logits.sum()
             else:
                 for one, part, box in zip(found, logits.split([len(box) for box in boxes]), boxes, strict=True):
                     one["keypoints"] = stock.heatmaps_to_keypoints(part, box)[0]
@@ -1060,10 +1114,10 @@ def load_fpn(fpn, source):
     """Copy a pre-trained pyramid into a detector's, and say what had no place: biases, where norms follow.
 
     Understood are `fpn.pth` of resim.py (torchvision's names), released ReSim-FPN checkpoints (fpn_lateral3 to 5,
-    fpn_output3 and 4) and SoCo's (neck.lateral_convs, neck.fpn_convs with their norms).
+    fpn_output3 and 4, with or without norms) and SoCo's (neck.lateral_convs, neck.fpn_convs with their norms).
 
     Errors:
-        UserError: no pyramid in the file, or one of another width.
+        UserError: no pyramid in the file, laterals of C3 to C5 missing, another width, not finite.
     """
     found = common.load_checkpoint_file(source)
     for container in ("state_dict", "model", "model_ema"):
@@ -1072,28 +1126,33 @@ def load_fpn(fpn, source):
     for name, tensor in found.items():
         if "encoder_k" in name or not isinstance(tensor, torch.Tensor):
             continue
-        parts = name.split(".")
-        if "inner_blocks" in parts or "layer_blocks" in parts:
-            start = next(i for i, part in enumerate(parts) if part in ("inner_blocks", "layer_blocks"))
-            theirs[".".join(parts[start:])] = tensor
-        for part, block in (("fpn_lateral", "inner_blocks"), ("fpn_output", "layer_blocks")):
-            if len(parts) > 1 and parts[-2][:-1] == part:
-                theirs[f"{block}.{int(parts[-2][-1]) - 2}.0.{parts[-1]}"] = tensor
-        for part, block in (("lateral_convs", "inner_blocks"), ("fpn_convs", "layer_blocks")):
-            if part in parts and "neck" in parts:
-                level, layer = parts[parts.index(part) + 1 : parts.index(part) + 3]
-                theirs[f"{block}.{level}.{dict(conv=0, bn=1)[layer]}.{parts[-1]}"] = tensor
+        ours = re.search(r"(inner_blocks|layer_blocks)\.\d\.[01]\.\w+$", name)
+        resim = re.search(r"fpn_(lateral|output)(\d)\.(?:([01])\.)?(\w+)$", name)
+        soco = re.search(r"neck\.(lateral|fpn)_convs\.(\d)\.(conv|bn)\.(\w+)$", name)
+        if ours:
+            theirs[ours[0]] = tensor
+        elif resim:
+            block = "inner_blocks" if resim[1] == "lateral" else "layer_blocks"
+            theirs[f"{block}.{int(resim[2]) - 2}.{resim[3] or 0}.{resim[4]}"] = tensor
+        elif soco:
+            block = "inner_blocks" if soco[1] == "lateral" else "layer_blocks"
+            theirs[f"{block}.{soco[2]}.{int(soco[3] == 'bn')}.{soco[4]}"] = tensor
     ours = fpn.state_dict()
     taken = {name: tensor for name, tensor in theirs.items() if name in ours}
     if not taken:
         raise UserError(f"{source}: there is no pyramid in it (inner_blocks, fpn_lateral or neck.lateral_convs)")
+    absent = [f"inner_blocks.{level}.0.weight" for level in (1, 2, 3) if f"inner_blocks.{level}.0.weight" not in taken]
+    if absent:
+        raise UserError(f"{source}: not a whole pyramid, {', '.join(absent)} (laterals of C3 to C5) are missing")
     for name, tensor in taken.items():
         if tensor.shape != ours[name].shape:
             raise UserError(f"{source}: {name} is {tuple(tensor.shape)}, the detector's is {tuple(ours[name].shape)}")
+        if not tensor.isfinite().all():
+            raise UserError(f"{source}: {name} is not finite")
     fpn.load_state_dict(taken, strict=False)
     homeless = sorted(theirs.keys() - taken.keys())
     line = f"pyramid: {', '.join(sorted(taken))} from {source}"
-    return line + (f"; no place, since norms follow, for {', '.join(homeless)}" if homeless else "")
+    return line + (f"; no place in the detector (norms have its biases) for {', '.join(homeless)}" if homeless else "")
 
 
 # ======================================================================================================================
@@ -1105,7 +1164,7 @@ def load_fpn(fpn, source):
 def precise_bn(model, batches, forward):
     """Give every batch norm that is in training mode the statistics of its inputs over all batches and processes.
 
-    OFFICIAL: F5. fvcore averages over batches; here every element counts alike, which is the same for equal sizes.
+    OFFICIAL: F5. As fvcore does it now, every element counts alike; here over the images of all processes.
 
     Args:
         model: in training mode. batches: iterable of argument tuples. forward: function of them that runs the model.
@@ -1143,8 +1202,8 @@ def precise_bn(model, batches, forward):
 
 
 class TestImages(torch.utils.data.Dataset):
-    """self[index] -> (index, uint8 (3, H, W) at the test size, (height, width) of the original); the image is None where
-    it cannot be read."""
+    """self[index] -> (index, uint8 (3, H, W) at the test size, (height, width) of the original); (index, None, why) where
+    an image cannot be read."""
 
     def __init__(self, data, indices, test_side, max_side):
         self.data, self.indices, self.test_side, self.max_side = data, indices, test_side, max_side
@@ -1156,8 +1215,8 @@ class TestImages(torch.utils.data.Dataset):
         index = self.indices[place]
         try:
             image = self.data.read(index)
-        except OSError:
-            return index, None, None
+        except OSError as error:
+            return index, None, str(error)
         size = image.height, image.width
         new_size = resized(*size, self.test_side, self.max_side)
         return index, to_tensor(image.resize(new_size[::-1], Image.BILINEAR)), size
@@ -1224,7 +1283,9 @@ def detect_all(model, data, args, world):
     for index, image, size in common.progress(loader, len(images)) if world.rank == 0 else loader:
         found[index] = [] if image is None else detect(model, image.to(world.device), size)
         if image is None:
-            print(f"cannot be read, counts as without detections: {data.images[index]['file_name']}", flush=True)
+            print(
+                f"cannot be read, counts as without detections: {data.images[index]['file_name']} ({size})", flush=True
+            )
     parts = [found]
     if world.size > 1:
         parts = [None] * world.size
@@ -1341,7 +1402,10 @@ def evaluate_voc(data, found):
 
 
 def coco_truth(data):
-    """COCO's own object of a data set; VOC's difficult objects become crowds, which is as near as its format comes."""
+    """COCO's own object of a data set; VOC's difficult objects become crowds, which is as near as its format comes.
+
+    Where masks are evaluated, objects without one are crowds of their box's shape: not counted either way.
+    """
     from pycocotools.coco import COCO
 
     truth, annotations = COCO(), []
@@ -1353,9 +1417,9 @@ def coco_truth(data):
             annotation["category_id"] = data.categories[row["label"] - 1]["id"]
             if row["segmentation"] is not None:
                 annotation["segmentation"] = to_rle(row["segmentation"], image["height"], image["width"])
-            if row["keypoints"] is not None:
-                annotation["keypoints"] = row["keypoints"].flatten().tolist()
-                annotation["num_keypoints"] = int((row["keypoints"][:, 2] > 0).sum())
+            points = row["keypoints"] if row["keypoints"] is not None else np.zeros((len(data.keypoints), 3))
+            annotation["keypoints"] = points.flatten().tolist()
+            annotation["num_keypoints"] = int((points[:, 2] > 0).sum())
             annotations.append(annotation)
     truth.dataset = {"images": data.images, "annotations": annotations, "categories": data.categories}
     with contextlib.redirect_stdout(io.StringIO()):
@@ -1387,12 +1451,18 @@ def evaluate_coco(data, found, kind, truth=None):
     results = coco_results(data.images, data.categories, found)
     if not results:
         return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0, "AP_by_IoU": {f"{100 * t:.0f}": 0.0 for t in THRESHOLDS}}
+    truth = truth or coco_truth(data)
     if kind == "segm":  # with a box in it, the box's area would decide what counts as small
         results = [{name: value for name, value in result.items() if name != "bbox"} for result in results]
+        for annotation in truth.anns.values():
+            if "segmentation" not in annotation:
+                x0, y0, width, height = annotation["bbox"]
+                size = [truth.imgs[annotation["image_id"]][side] for side in ("height", "width")]
+                corners = [x0, y0, x0 + width, y0, x0 + width, y0 + height, x0, y0 + height]
+                annotation |= {"segmentation": to_rle([np.array(corners)], *size), "iscrowd": 1}
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = truth or coco_truth(data)
         evaluation = COCOeval(truth, truth.loadRes(results), kind)
-        if kind == "keypoints" and len(data.keypoints) != 17:
+        if kind == "keypoints" and (len(data.keypoints) != 17 or data.keypoints[0] != "nose"):
             evaluation.params.kpt_oks_sigmas = np.full(len(data.keypoints), 0.065)  # AMBIGUOUS: F17. COCO's mean
         evaluation.evaluate()
         evaluation.accumulate()
@@ -1565,8 +1635,10 @@ def draw_predictions(data, found, path, count=6):
     """`path`: the first images with objects, truth above and detections below."""
     columns = []
     for index in range(len(data)):
+        if len(columns) == count:
+            break
         truth = data.annotations(index)
-        if truth and len(columns) < count:
+        if truth:
             with contextlib.suppress(OSError):
                 image = data.read(index)
                 columns.append([draw(image, rows, data.categories, 400) for rows in (truth, confident(found[index]))])
@@ -1651,22 +1723,27 @@ def protocol_name(args, outputs):
         "coco-keypoint": "COCO keypoints",
         "cityscapes": "Cityscapes",
     }
-    kind = "Mask R-CNN" if "masks" in outputs else "Keypoint R-CNN" if "keypoints" in outputs else "Faster R-CNN"
-    name = f"{task.get(args.task, args.task)}, {kind} {args.arch.replace('resnet', 'R')}-{args.model.upper()}"
+    kinds = [kind for kind, output in (("Mask", "masks"), ("Keypoint", "keypoints")) if output in outputs] or ["Faster"]
+    name = f"{task.get(args.task, args.task)}, {' and '.join(kinds)} R-CNN {args.arch.replace('resnet', 'R')}-{args.model.upper()}"
     name += f", {args.schedule}" if args.task.startswith("coco") else ""
-    name += f", protocol {'A' if args.heads == 'plain' else 'B'}" if args.model == "fpn" else ""
+    if args.model == "fpn" and args.task in ("coco", "coco-keypoint", "cityscapes"):
+        name += f", protocol {'A' if args.heads == 'plain' else 'B'}"
+    elif args.heads != "plain":
+        name += f", heads {args.heads}"
     name += f", frozen to C{args.freeze_at}" if args.freeze_at else ""
+    name += ", small heads" if args.task == "scenes" else ""
     changed = [
         f"{key} {getattr(args, key)}"
         for key in ("batch_size", "iterations", "lr", "short_sides", "test_side", "max_side", "precise_bn")
         if getattr(args, key) != args.protocol[key]
     ]
     changed += [f"weight_decay {args.weight_decay}"] if args.weight_decay != 1e-4 else []
+    changed += [f"amp {args.amp}"] if args.amp != "none" else []
     return name + (f"; changed: {', '.join(changed)}" if changed else "")
 
 
 def protocol_table(args, model, outputs):
-    """{row: text}: the protocol, read off the model as built."""
+    """{row: text}: the protocol: schedule and images from the settings, all else read off the model as built."""
     schedule, rpn, heads = plan(args), model.rpn, model.roi_heads
     lr = [schedule["lr"], schedule["warmup"], schedule["drops"]]
     steps = [0, schedule["warmup"] // 2, schedule["warmup"], *schedule["drops"]]
@@ -1678,13 +1755,17 @@ def protocol_table(args, model, outputs):
         trained = [name for name in inside if norms[name].training]
         places[place] = f"{place} {len(trained)} trained, {len(inside) - len(trained)} frozen"
     anchors = rpn.anchor_generator
-    box_loss = f"smooth L1 beta {heads.box_beta:g}" if heads.box_beta else "L1"
+    # The losses of an error of 0.1 in one number of one of two boxes tell which losses they are.
+    error, none = torch.tensor([[0.1, 0, 0, 0], [0, 0, 0, 0]]), torch.zeros(2, 4)
+    rpn_loss = rpn.compute_loss(torch.zeros(2, 1), error, [torch.ones(2)], [none])[1]
+    box_loss = box_losses(torch.zeros(2, 2), error.repeat(1, 2), torch.tensor([1, 1]), none, heads.box_beta)[1]
     table = {
         "protocol": protocol_name(args, outputs),
         "gives": " ".join(outputs),
         "batch": f"{args.batch_size} images",
         "iterations": f"{schedule['iterations']}, drops at {schedule['drops']}, warm-up {schedule['warmup']}",
         "learning rate": ", ".join(f"{learning_rate(step, *lr):.6g} at {step}" for step in steps),
+        "momentum": f"{MOMENTUM}",
         "weight decay": f"{args.weight_decay:g} on {len(decayed)} tensors, 0 on {len(free)} of norms",
         "images": f"short side {args.short_sides}, testing {args.test_side}, long side at most {args.max_side}; "
         f"padded to a multiple of {model.divisor}",
@@ -1695,8 +1776,8 @@ def protocol_table(args, model, outputs):
         "RoIs": f"{heads.fg_bg_sampler.batch_size_per_image} an image, {heads.fg_bg_sampler.positive_fraction} foreground, "
         f"IoU {heads.proposal_matcher.high_threshold}; detections above {heads.score_thresh}, NMS {heads.nms_thresh}, "
         f"at most {heads.detections_per_img}",
-        "losses": f"RPN L1 over {rpn.fg_bg_sampler.batch_size_per_image} an image, boxes {box_loss} over all RoIs",
-        "pooling": f"aligned, boxes {heads.box_roi_pool.size} on strides {heads.box_roi_pool.strides}",
+        "losses": f"an error of 0.1 costs the RPN {256 * rpn_loss:.3g} / 256, the box head {2 * box_loss:.3g} / RoIs",
+        "pooling": f"boxes {heads.box_roi_pool.size} on strides {heads.box_roi_pool.strides}",
         "box head": describe(heads.box_head),
         "mask head": "none",
         "keypoint head": "none",
@@ -1755,8 +1836,9 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
     last = total if args.steps is None else min(total, args.steps)
 
     # model, optimiser, resume -----------------------------------------------------------------------------------------
+    stop_signal.listen()
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    settings |= {"seed": seed, "files": train.fingerprint(), "processes": world.size}
+    settings |= {"seed": seed, "files": train.fingerprint(), "val_files": val.fingerprint(), "processes": world.size}
     checkpoints = common.Checkpoints(folder, NAME, settings)
     state = checkpoints.load(args.resume)
     common.require_agreement(
@@ -1764,7 +1846,7 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
         "the processes see different images or checkpoints: data and --output-dir must be the same on all machines",
     )
     model, lines = new_detector(args, seed, len(train.categories), outputs, len(keypoints), world, state)
-    optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), schedule["lr"], momentum=0.9)
+    optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), schedule["lr"], momentum=MOMENTUM)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
     step, bad, precise = 0, common.BadImages(images), False
     if state:
@@ -1790,7 +1872,6 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
     header = {"command": common.command(), "versions": common.versions(), "settings": settings}
     log = common.RunLog(folder, header, step, last, world.rank == 0)
     model.train()
-    first = step
 
     def batches(start, stop):
         return torch.utils.data.DataLoader(
@@ -1852,11 +1933,10 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
             break
     if step < total:
         log.close()
-        if first == step == 0:
-            save()
         return None
 
     # evaluation -------------------------------------------------------------------------------------------------------
+    stop_signal.exit_at_once()  # all is saved; what follows is done again by the same command
     if args.precise_bn and not precise:
         loader = batches(total, total + args.precise_bn)
         print0(f"precise batch norm over {args.precise_bn} batches")
@@ -1865,7 +1945,7 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
         precise = True
         save()
     result = evaluated(args, model, val, outputs, world, folder)
-    result = {"seed": seed, "step": step, "weights": args.weights, **result}
+    result = {"seed": seed, "step": step, "weights": args.weights, "fpn_weights": args.fpn_weights, **result}
     log.write({"step": step, "result": result})
     log.close()
     if world.rank == 0:
@@ -1898,8 +1978,13 @@ def evaluated(args, model, val, outputs, world, folder):
     if world.rank == 0:
         result |= evaluate(args, val, found, outputs)
         draw_predictions(val, found, os.path.join(folder, "predictions.png"))
-        print0(f"{result['protocol']}; weights {args.weights}: {numbers(result)}")
+        print0(f"{result['protocol']}; {origin(args)}: {numbers(result)}")
     return result
+
+
+def origin(args):
+    """Where the weights came from, for the eye."""
+    return f"weights {args.weights}" + (f", pyramid {args.fpn_weights}" if args.fpn_weights else "")
 
 
 def numbers(result):
@@ -1925,7 +2010,7 @@ def print_protocol(args):
         17,
     )
     if args.task in ("custom", "scenes"):
-        train, _ = open_data(args)
+        train = open_data(args, "train")
         outputs, names = outputs_of(args, train)
         classes, keypoints = len(train.categories), len(names)
     model, lines = build_detector(args, classes, outputs, keypoints)
@@ -1941,7 +2026,7 @@ def main(argv=None):
         print_protocol(args)
         return
     world = common.start_processes()
-    stop_signal = common.StopSignal()
+    torch.backends.cudnn.benchmark = False  # nearly every batch has a size of its own
     if args.demo and "amp" not in args.given and common.bf16_is_fast(world.device):
         args.amp = "bf16"
     if args.batch_size % world.size:
@@ -1949,21 +2034,23 @@ def main(argv=None):
 
     if args.eval_only or args.predict:
         state = common.load_checkpoint_file(args.resume or os.path.join(args.output_dir, "checkpoint.pth"))
-        model, _ = new_detector(
-            args, args.seed, len(state["categories"]), state["outputs"], len(state["keypoints"]), world, state
-        )
+        outputs, keypoints, categories = state["outputs"], state["keypoints"], state["categories"]
+        model, _ = new_detector(args, args.seed, len(categories), outputs, len(keypoints), world, state)
         model.eval()
+        if args.predict and world.size > 1:
+            raise UserError("--predict is a job for one process: start it without torchrun")
         if args.predict:
-            predict(args, model, state["categories"], world)
+            predict(args, model, categories, world)
             return
-        _, val = open_data(args)
-        result = evaluated(args, model, val, state["outputs"], world, args.output_dir)
+        val = open_data(args, "val", categories)
+        result = {"step": state["step"], **evaluated(args, model, val, outputs, world, args.output_dir)}
         if world.rank == 0:
             with open(os.path.join(args.output_dir, "evaluation.json"), "w") as file:
-                json.dump({"step": state["step"], **result}, file)
+                json.dump(result, file)
         return
 
-    data, results = open_data(args), []
+    train = open_data(args, "train")
+    data, results, stop_signal = (train, open_data(args, "val", train.categories)), [], common.StopSignal()
     for seed in range(args.seed, args.seed + args.trials):  # AMBIGUOUS: F15. nobody published seeds
         folder = args.output_dir if args.trials == 1 else os.path.join(args.output_dir, f"seed{seed}")
         result = fine_tune(args, seed, folder, data, world, stop_signal)
@@ -1974,7 +2061,7 @@ def main(argv=None):
             with open(os.path.join(args.output_dir, "results.jsonl"), "w") as file:
                 file.writelines(json.dumps(one) + "\n" for one in results)
     if args.trials > 1:
-        print0(f"{results[0]['protocol']}; weights {args.weights}; {len(results)} trials: {spread(results)}")
+        print0(f"{results[0]['protocol']}; {origin(args)}; {len(results)} trials: {spread(results)}")
 
 
 def spread(results):

@@ -24,6 +24,11 @@ def settings(*flags):
     return det.get_args([*map(str, flags), *"--workers 0 --output-dir unused".split()])
 
 
+def both(args):
+    train = det.open_data(args, "train")
+    return train, det.open_data(args, "val", train.categories)
+
+
 def scenes_args(*flags):
     return settings("--demo", *flags)
 
@@ -32,7 +37,7 @@ def scenes_args(*flags):
 def scene_batch():
     """Two scenes with boxes, masks and keypoints, and the detector of the demo."""
     args = scenes_args("--data", "scenes:8")
-    train, _ = det.open_data(args)
+    train = det.open_data(args, "train")
     outputs, keypoints = det.outputs_of(args, train)
     images = det.TrainingImages(train, args, 0, outputs)
     pixels, targets, _, _ = det.collate([images[0, i] for i in range(2)])
@@ -169,15 +174,19 @@ def test_mask_targets_of_polygons():
 
 def test_mask_targets_of_bitmaps_are_roi_align_cut_at_one_half():
     rng = np.random.default_rng(0)
-    bitmap = np.kron(rng.integers(0, 2, (6, 8)), np.ones((10, 10))).astype(np.uint8)
+    bitmap = np.pad(np.kron(rng.integers(0, 2, (5, 7)), np.ones((10, 10))), ((10, 0), (0, 10))).astype(np.uint8)
     box = torch.tensor([[3.3, 5.1, 71.7, 49.2]])
-    (target,) = det.mask_targets([bitmap], box, 14)
+    whole = det.move_mask(bitmap.astype(bool), bitmap.shape, bitmap.shape, False)
+    assert whole[0].size < bitmap.size  # what travels is the bitmap's own extent
+    (target,) = det.mask_targets([whole], box, 14)
     wanted = ops.roi_align(torch.tensor(bitmap)[None, None].float(), [box], 14, sampling_ratio=0, aligned=True)[0, 0]
     assert torch.equal(target, (wanted >= 0.5).float()) and 0.2 < target.mean() < 0.8
     # a rectangle: as a polygon and as a bitmap it gives the same
     rectangle = np.zeros((60, 80), np.uint8)
     rectangle[20:40, 16:44] = 1
     polygon = [np.array([16.0, 20, 44, 20, 44, 40, 16, 40])]
+    rectangle = det.move_mask(rectangle.astype(bool), (60, 80), (60, 80), False)
+    assert rectangle[0].shape == (20, 28) and rectangle[1:] == (16, 20)
     a, b = det.mask_targets([polygon, rectangle], torch.tensor([[2.0, 10, 58, 52]] * 2), 28)
     assert torch.equal(a, b)
 
@@ -412,7 +421,7 @@ def test_precise_bn_is_the_population():
 @pytest.mark.parametrize(
     "size, short, longest, wanted",
     [((480, 640), 800, 1333, (800, 1067)), ((640, 480), 800, 1333, (1067, 800)), ((375, 500), 480, 1333, (480, 640)),
-     ((200, 1000), 800, 1333, (267, 1333)), ((3, 4), 2, 99, (2, 3)), ((1024, 2048), 1024, 2048, (1024, 2048))],
+     ((200, 1000), 800, 1333, (267, 1333)), ((3, 4), 2, 99, (2, 3)), ((1024, 2048), 1024, 2048, (1024, 2048)), ((1, 5000), 800, 1333, (1, 1333))],
 )  # fmt: skip
 def test_resized(size, short, longest, wanted):
     assert det.resized(*size, short, longest) == wanted
@@ -440,13 +449,15 @@ def test_objects_follow_a_resize_and_a_flip():
         for n, s in ((3, polygon), (1, bitmap), (2, code))
     ]
     rows.append(row([120, 5, 140, 25]))  # outside: clipped to nothing
+    rows.append(row([1, 1, 9, 9], segmentation=np.zeros((50, 100), bool)))  # nothing left of the bitmap
     order = det.flip_order(["nose", "left_eye", "right_eye", "tail"])
-    assert order == [0, 2, 1, 3]
+    assert order == [0, 2, 1, 3] == det.flip_order(["Nose", "Left eye", "Right eye", "L"])
     moved = det.move_objects(rows, (50, 100), (100, 300), True, order)
     assert moved["boxes"].tolist() == [[210, 10, 270, 50]] * 3 and moved["labels"].tolist() == [3, 1, 2]
     drawn = rle.decode(rle.merge(rle.frPyObjects([p.tolist() for p in moved["masks"][0]], 100, 300)))
     assert (drawn[10:50, 210:270] == 1).all() and drawn.sum() == 40 * 60
-    assert np.array_equal(moved["masks"][1], drawn) and np.array_equal(moved["masks"][2], drawn)
+    for crop, left, top in moved["masks"][1:]:
+        assert (left, top) == (210, 10) and np.array_equal(crop, drawn[10:50, 210:270])
     wanted = [[300 - 31.5, 11, 2], [0, 0, 0], [300 - 88.5, 11, 1], [300 - 298.5, 99, 2]]
     assert np.allclose(moved["keypoints"][0], wanted)
 
@@ -495,6 +506,56 @@ def test_paste_mask():
                 assert pasted[y, x] == (value > 0.5), (x, y)
 
 
+class Saying(nn.Module):
+    """A detector that gives fixed detections."""
+
+    def __init__(self, **found):
+        super().__init__()
+        self.found = found
+
+    def forward(self, images):
+        return [dict(self.found)]
+
+
+def test_detections_go_back_to_the_original_image():
+    """80 x 100 pixels were resized to 61 x 53: another factor for each side."""
+    mask = torch.zeros(28, 28)
+    mask[:, :14] = 1
+    model = Saying(
+        boxes=torch.tensor([[10.0, 6.1, 30.0, 36.6], [40.0, 50.0, 70.0, 80.0], [52.9, 5, 53, 9], [53, 5, 53, 9]]),
+        scores=torch.tensor([0.9, 0.8, 0.7, 0.6]),
+        labels=torch.tensor([3, 1, 1, 1]),
+        masks=mask.expand(4, 28, 28),
+        keypoints=torch.tensor([[[26.5, 30.5, 1.0], [53, 61, 1]]]).repeat(4, 1, 1),
+    )
+    found = det.detect(model, torch.zeros(3, 61, 53, dtype=torch.uint8), (100, 80))
+    assert [one["label"] for one in found] == [3, 1, 1]  # the last one is empty
+    x, y = 80 / 53, 100 / 61
+    assert found[0]["box"] == pytest.approx([10 * x, 6.1 * y, 30 * x, 36.6 * y])
+    assert found[1]["box"] == pytest.approx([40 * x, 50 * y, 80, 100])  # clipped
+    assert found[0]["keypoints"] == pytest.approx([39.5, 49.5, 1, 79.5, 99.5, 1])
+    pasted = rle.decode(found[0]["segmentation"])
+    assert pasted.shape == (100, 80)
+    x0, y0, x1, y1 = found[0]["box"]
+    assert (
+        np.array_equal(pasted, det.paste_mask(mask, [x0, y0, x1, y1], 100, 80))
+        and pasted[30, 20] == 1
+        and pasted[30, 40] == 0
+    )
+
+
+def test_unreadable_images_have_no_detections(tmp_path, capsys):
+    write(tmp_path, 3)
+    data = det.CocoData(content([annotation(0, [1, 1, 30, 30])], 3), str(tmp_path), "a.json")
+    (tmp_path / "1.png").write_bytes(b"no image")
+    model = Saying(boxes=torch.tensor([[1.0, 1, 9, 9]]), scores=torch.tensor([0.9]), labels=torch.tensor([1]))
+    found = det.detect_all(model, data, scenes_args(), WORLD)
+    assert [len(found[i]) for i in range(3)] == [1, 0, 1] and "1.png" in capsys.readouterr().out
+    assert found[0][0]["box"] == pytest.approx([96 / 192, 0.5, 4.5, 4.5])  # 96 x 64 was resized to 192 x 128
+    ranks = [det.TestImages(data, range(r, 3, 2), 128, 400).indices for r in range(2)]
+    assert sorted([*ranks[0], *ranks[1]]) == [0, 1, 2]
+
+
 def test_training_images_are_pils_anti_aliased_ones(tmp_path):
     data = tiny_coco(tmp_path, [row([1, 1, 30, 30])])
     args = settings(*"--task custom --train-json a --val-json b --images c --short-sides 32 --max-side 99".split())
@@ -514,9 +575,9 @@ def test_training_images_are_pils_anti_aliased_ones(tmp_path):
 
 def test_short_sides_are_drawn():
     args = scenes_args("--data", "scenes:4")
-    train, _ = det.open_data(args)
+    train = det.open_data(args, "train")
     images = det.TrainingImages(train, args, 0, ["boxes"])
-    assert {images[epoch, 1][0].shape[-1] for epoch in range(20)} == {128, 144, 160}
+    assert {images[epoch, 1][0].shape[-1] for epoch in range(20)} == {112, 128, 144}
     other = det.TrainingImages(train, args, 1, ["boxes"])
     assert [images[e, 1][0].shape for e in range(20)] != [other[e, 1][0].shape for e in range(20)]
 
@@ -578,10 +639,12 @@ def test_coco_data_copes_with_what_files_hold(tmp_path, capsys):
         annotation(0, [5, 5, 0, 10]),  # degenerate
         annotation(0, [5, 5, 10, float("nan")]),
         annotation(10, [0, 0, 50, 60], iscrowd=1),  # an image of crowds alone
+        annotation(99, [0, 0, 9, 9]),  # no such image
         annotation(20, [0, 0, 9, 9], segmentation={"size": [64, 96], "counts": counts["counts"].decode()}, area=5),
     ]
     data = det.CocoData(content(rows, images=4), str(tmp_path), "a.json")
-    assert "2 annotations have an empty box" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 annotations have an empty box" in said and "1 annotations name an image that is not in it" in said
     assert [c["id"] for c in data.categories] == [3, 7] and len(data) == 4
     first, crowd = data.annotations(0)
     assert first["label"] == 2 and first["box"] == [1, 2, 31, 42] and len(first["segmentation"]) == 1
@@ -589,7 +652,7 @@ def test_coco_data_copes_with_what_files_hold(tmp_path, capsys):
     assert data.annotations(3) == [] and data.annotations(2)[0]["area"] == 5
     assert [data.usable(i, False) for i in range(4)] == [True, False, True, False]
     assert not any(data.usable(i, True) for i in range(4))  # no keypoints
-    assert data.complete("segmentation") and not data.complete("keypoints")
+    assert data.count("segmentation") == (2, 2) and data.count("keypoints") == (0, 2)
     truth = det.coco_truth(data)
     assert len(truth.getImgIds()) == 4 and sorted(truth.anns) == [1, 2, 3, 4]  # an id of 0 would count as no match
     assert truth.anns[2]["iscrowd"] == 1 and truth.anns[1]["category_id"] == 7
@@ -601,6 +664,8 @@ def test_coco_data_copes_with_what_files_hold(tmp_path, capsys):
 
 def test_missing_images_are_named(tmp_path, capsys):
     write(tmp_path, 2)
+    (tmp_path / "1.png").unlink()
+    write(tmp_path, 2)
     with pytest.raises(common.UserError, match="3 of its 5 images are not in .*, for instance 2.png"):
         det.CocoData(content([], images=5), str(tmp_path), "a.json")
     write(tmp_path, 4)
@@ -611,16 +676,67 @@ def test_missing_images_are_named(tmp_path, capsys):
 def test_an_image_of_another_size_is_refused(tmp_path):
     data = tiny_coco(tmp_path, [row([1, 1, 30, 30])])
     Image.new("RGB", (64, 96)).save(tmp_path / "0.png")
+    Image.new("RGB", (96, 65)).save(tmp_path / "0.png")
     with pytest.raises(OSError, match="annotated are 96 x 64"):
         data.read(0)
 
 
-@pytest.mark.parametrize("broken", [{}, {"images": [], "annotations": [], "categories": []}, [], content([annotation(99, [1, 1, 2, 2])]),
+@pytest.mark.parametrize("broken", [{}, {"images": [], "annotations": [], "categories": []}, [], content([annotation(99, [1, 1, 2, 2])] * 2),
                                     content([annotation(0, [1, 1, 2, 2], 5)]), content([annotation(0, [1, 1])])])  # fmt: skip
 def test_what_is_not_coco_is_refused(broken, tmp_path):
     write(tmp_path)
     with pytest.raises(common.UserError):
         det.CocoData(broken, str(tmp_path), "a.json")
+
+
+def test_validation_data_use_the_labels_of_training(tmp_path):
+    write(tmp_path, 1)
+    row = annotation(0, [1, 2, 30, 40], 7)
+    train = det.CocoData(content([row]), str(tmp_path), "a.json")
+    val = det.CocoData(content([row], categories=[{"id": 7, "name": "cat"}]), str(tmp_path), "b.json", train.categories)
+    assert val.annotations(0)[0]["label"] == train.annotations(0)[0]["label"] == 2
+    assert det.evaluate_coco(val, found_as_truth(val), "bbox")["AP"] == pytest.approx(100)
+    for other in ({"id": 7, "name": "cow"}, {"id": 8, "name": "cat"}):
+        with pytest.raises(common.UserError, match="are not those of the training data"):
+            det.CocoData(content([], categories=[other]), str(tmp_path), "b.json", train.categories)
+
+
+def test_objects_without_masks_or_keypoints(tmp_path):
+    """They are learned as boxes, and count neither way where masks are evaluated."""
+    write(tmp_path, 1)
+    square = [[1, 1, 31, 1, 31, 31, 1, 31]]
+    rows = [annotation(0, [1, 1, 30, 30], segmentation=square, keypoints=[9, 9, 2]), annotation(0, [50, 10, 20, 20])]
+    named = [{"id": 3, "name": "dog", "keypoints": ["nose"]}, {"id": 7, "name": "cat"}]
+    data = det.CocoData(content(rows, categories=named), str(tmp_path), "a.json")
+    args = settings(*"--task custom --train-json a --val-json b --images c".split())
+    assert det.outputs_of(args, data) == (["boxes", "masks", "keypoints"], ["nose"])
+    model = demo_detector(scenes_args(), ["boxes", "masks", "keypoints"], ["nose"]).train()
+    images = det.TrainingImages(data, scenes_args(), 0, ["boxes", "masks", "keypoints"])
+    loss, values = model(*([part[0]] for part in zip(images[0, 0][:2])))
+    assert loss.isfinite() and values["loss_mask"] > 0
+    found = found_as_truth(data)
+    found[0] = [
+        one | {"segmentation": det.to_rle([np.array(square[0], float)], 64, 96), "keypoints": [9, 9, 1]}
+        for one in found[0][:1]
+    ]
+    for kind in ("segm", "keypoints"):
+        assert det.evaluate_coco(data, found, kind)["AP"] == pytest.approx(100), kind
+    with pytest.raises(common.UserError, match="6 numbers for 1 keypoints"):
+        det.CocoData(content([rows[0] | {"keypoints": [1] * 6}], categories=named), str(tmp_path), "a.json")
+
+
+def test_a_portrait_with_exif_rotation(tmp_path):
+    """Sizes come from the image as it is seen; annotations of the stored pixels are kept, too."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "0.jpg", exif=exif)
+    for size, seen in ((None, (64, 96)), ((96, 64), (96, 64)), ((64, 96), (64, 96))):
+        told = content([annotation(0, [1, 1, 9, 9])])
+        told["images"] = [
+            {"id": 0, "file_name": "0.jpg"} | (dict(zip(("width", "height"), size, strict=True)) if size else {})
+        ]
+        data = det.CocoData(told, str(tmp_path), "a.json")
+        assert data.read(0).size == seen == (data.images[0]["width"], data.images[0]["height"])
 
 
 XML = """<annotation><size><width>96</width><height>64</height><depth>3</depth></size>
@@ -645,7 +761,7 @@ def voc_tree(root):
 @pytest.mark.parametrize("inner", ["", "VOCdevkit"])
 def test_voc_reader(inner, tmp_path):
     voc_tree(tmp_path / inner)
-    train, val = det.open_data(settings("--task", "voc", "--data", tmp_path))
+    train, val = both(settings("--task", "voc", "--data", tmp_path))
     assert len(train) == 4 and len(val) == 2 and len(train.categories) == 20
     assert [i["file_name"].split("/")[0] for i in train.images] == ["VOC2007"] * 2 + ["VOC2012"] * 2
     dog, cat = train.annotations(3)
@@ -654,13 +770,13 @@ def test_voc_reader(inner, tmp_path):
     )
     assert cat["box"] == [0, 0, 96, 64] and cat["difficult"]
     assert train.read(3).size == (96, 64)
-    train, _ = det.open_data(settings("--task", "voc", "--data", tmp_path, "--train-set", "07"))
+    train = det.open_data(settings("--task", "voc", "--data", tmp_path, "--train-set", "07"), "train")
     assert len(train) == 2
     args = settings("--task", "voc", "--data", tmp_path)
     assert len(det.TrainingImages(val, args, 0, ["boxes"])[0, 0][1]["boxes"]) == 2  # difficult ones are trained on
     (tmp_path / inner / "VOC2012/ImageSets/Main/trainval.txt").unlink()
     with pytest.raises(common.UserError, match="trainval.txt: no such file; --data must be a folder with VOC2007/"):
-        det.open_data(args)
+        det.open_data(args, "train")
 
 
 def test_coco_reader(tmp_path):
@@ -670,6 +786,7 @@ def test_coco_reader(tmp_path):
         (tmp_path / "annotations").mkdir(exist_ok=True)
         rows = [
             annotation(0, [1, 1, 20, 20]),
+            annotation(0, [1, 1, 9, 9], keypoints=[0] * 51),
             annotation(10, [1, 1, 20, 20], keypoints=[5, 5, 2] + [0, 0, 0] * 16, num_keypoints=1),
         ]
         person = {"id": 3, "name": "person", "keypoints": ["nose"] + [f"k{i}" for i in range(16)]}
@@ -678,16 +795,16 @@ def test_coco_reader(tmp_path):
                 content(rows, 2, [person] if kind == "person_keypoints" else [person, {"id": 7, "name": "cat"}])
             )
             (tmp_path / "annotations" / f"{kind}_{split}.json").write_text(text)
-    train, val = det.open_data(settings("--task", "coco", "--data", tmp_path))
+    train, val = both(settings("--task", "coco", "--data", tmp_path))
     assert len(train) == len(val) == 2 and len(train.categories) == 2
     args = settings("--task", "coco-keypoint", "--data", tmp_path)
-    train, val = det.open_data(args)
+    train, val = both(args)
     assert len(train.keypoints) == 17 and det.outputs_of(args, train)[0] == ["boxes", "keypoints"]
     images = det.TrainingImages(train, args, 0, ["boxes", "keypoints"])
     assert len(images) == 1 and images.name(0) == "1.png"  # without a visible keypoint an image is not trained on
     (tmp_path / "annotations" / "person_keypoints_val2017.json").unlink()
     with pytest.raises(common.UserError, match="it must be a folder with annotations/person_keypoints_train2017.json"):
-        det.open_data(args)
+        both(args)
 
 
 def city_tree(root, maps):
@@ -707,7 +824,7 @@ def test_cityscapes_reader(tmp_path):
     ids[0:4, 0:4] = 29000  # a caravan: not among the eight classes
     city_tree(tmp_path, [ids, np.full((40, 80), 24)])
     args = settings("--task", "cityscapes", "--data", tmp_path)
-    train, val = det.open_data(args)
+    train, val = both(args)
     assert len(train) == len(val) == 2 and [c["name"] for c in train.categories][:3] == ["person", "rider", "car"]
     group, car = train.annotations(0)
     assert car["box"] == [10, 5, 30, 20] and car["label"] == 3 and car["segmentation"].sum() == 300 and not car["crowd"]
@@ -717,7 +834,7 @@ def test_cityscapes_reader(tmp_path):
     assert len(images) == 1 and len(images[0, 0][1]["masks"]) == 1
     next((tmp_path / "gtFine/val").rglob("*.png")).unlink()
     with pytest.raises(common.UserError, match="instanceIds.png: not there; --data must be a folder with leftImg8bit"):
-        det.open_data(args)
+        both(args)
 
 
 def test_scenes_follow_cocos_convention_of_keypoints():
@@ -787,7 +904,7 @@ def found_as_truth(data, score=0.9):
 def test_voc_evaluation(tmp_path):
     voc_tree(tmp_path)
     args = settings("--task", "voc", "--data", tmp_path)
-    _, val = det.open_data(args)
+    val = det.open_data(args, "val")
     perfect = found_as_truth(val)
     result = det.evaluate(args, val, perfect, ["boxes"])
     assert (
@@ -795,6 +912,7 @@ def test_voc_evaluation(tmp_path):
     )  # the class of difficult objects alone is left out
     assert list(result["box"]["AP_by_IoU"]) == [str(t) for t in range(50, 100, 5)]
     assert result["coco_style"]["AP50"] == pytest.approx(100)
+    assert sorted(a["iscrowd"] for a in det.coco_truth(val).anns.values()) == [0, 0, 1, 1]  # difficult ones
     shifted = {
         i: [one | {"box": [10, 20, 30, 55]} for one in rows if one["label"] == 12] for i, rows in perfect.items()
     }
@@ -864,15 +982,17 @@ def test_cityscapes_rules_on_worked_examples(tmp_path):
         return det.evaluate_cityscapes(data, {0: found})
 
     assert score(cars)["AP"] == score(cars)["AP50"] == pytest.approx(100) and score(cars)["AP_by_class"] == {"car": 100}
-    others = [{"label": 3, "score": 0.95, "segmentation": as_rle(ids == n)} for n in (26002, 26, 4)]
-    assert score(cars + others)["AP"] == pytest.approx(100)  # on small objects, groups and void nothing is wrong
+    for n in (26002, 26, 4):  # on small objects, groups and void nothing is wrong, whole or in part
+        rows = np.cumsum(ids == n).reshape(ids.shape)
+        for mask in (ids == n, (ids == n) & (rows <= (ids == n).sum() * 0.4)):
+            other = {"label": 3, "score": 0.95, "segmentation": as_rle(mask)}
+            assert score([*cars, other])["AP"] == pytest.approx(100), n
     wrong = [{"label": 3, "score": 0.95, "segmentation": as_rle((ids == 7) & (np.arange(120) < 20))}]
     assert score(cars + wrong)["AP50"] == pytest.approx(
         100 * det.cityscapes_ap(np.array([0.9, 0.8]), np.array([0.95]), 0)
     )
-    assert score([cars[0], cars[0] | {"score": 0.7}, cars[1]])["AP50"] == pytest.approx(
-        100 * det.cityscapes_ap(np.array([0.9, 0.8]), np.array([0.7]), 0)
-    )
+    double = 100 * det.cityscapes_ap(np.array([0.9, 0.8]), np.array([0.85]), 0)
+    assert score([cars[0], cars[0] | {"score": 0.85}, cars[1]])["AP50"] == pytest.approx(double) and double < 100
     missed = 100 * det.cityscapes_ap(np.array([0.9]), np.array([]), 1)
     assert score(cars[:1])["AP50"] == pytest.approx(missed) and missed < 100
     assert score([])["AP"] == 0 and score([cars[0] | {"label": 1}])["AP"] == 0
@@ -882,12 +1002,12 @@ def test_cityscapes_rules_on_worked_examples(tmp_path):
     assert curve["55"] == pytest.approx(100) and curve["60"] < 100
 
 
-def test_cityscapes_equals_its_own_scripts(tmp_path, monkeypatch):
-    """Against cityscapesScripts, where it is installed; its numpy calls are given back what they lost."""
-    monkeypatch.setattr(np, "in1d", np.isin, raising=False)
-    official = pytest.importorskip("cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling")
-    from cityscapesscripts.evaluation.instances2dict import instances2dict
+GOLDEN = 12.70478, 44.98264
 
+
+def test_cityscapes_equals_its_own_scripts(tmp_path, monkeypatch):
+    """The numbers that cityscapesScripts 2.3.0 gives for random maps, and itself where it is installed (with the numpy
+    call it lost)."""
     rng = np.random.default_rng(0)
     maps, found = [], {}
     for index in range(4):
@@ -906,6 +1026,14 @@ def test_cityscapes_equals_its_own_scripts(tmp_path, monkeypatch):
                 found[index].append(one)
     city_tree(tmp_path, maps)
     data = det.CityscapesData(str(tmp_path), "val")
+    ours = det.evaluate_cityscapes(data, found)
+    assert ours["AP"] == pytest.approx(GOLDEN[0], abs=1e-4) and ours["AP50"] == pytest.approx(GOLDEN[1], abs=1e-4)
+    monkeypatch.setattr(np, "in1d", np.isin, raising=False)
+    try:
+        from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as official
+        from cityscapesscripts.evaluation.instances2dict import instances2dict
+    except ImportError:
+        return
     official.setInstanceLabels(official.args)
     args = official.args
     args.quiet, args.predictionPath = True, str(tmp_path)
@@ -920,8 +1048,6 @@ def test_cityscapes_equals_its_own_scripts(tmp_path, monkeypatch):
         predictions.append(str(tmp_path / f"{index}.txt"))
     matches = official.matchGtWithPreds(predictions, truths, instances2dict(truths, False), args)
     averages = official.computeAverages(official.evaluateMatches(matches, args), args)
-    ours = det.evaluate_cityscapes(data, found)
-    assert 5 < ours["AP"] < 80
     assert ours["AP"] == pytest.approx(100 * averages["allAp"]) and ours["AP50"] == pytest.approx(
         100 * averages["allAp50%"]
     )
@@ -953,12 +1079,19 @@ def test_fpn_weights_of_every_layout(tmp_path, capsys):
         name: values[name] for name in ("inner_blocks.1.0.weight", "inner_blocks.2.0.weight", "inner_blocks.3.0.weight")
     }
     ours |= {"inner_blocks.1.0.bias": bias}
+    with_norms = {
+        name.replace("5.w", "5.0.w").replace("4.w", "4.0.w").replace("3.w", "3.0.w"): x for name, x in resim.items()
+    }
+    with_norms |= {
+        f"module.encoder_q.fpn_lateral3.1.{kind}": values[f"inner_blocks.1.1.{kind}"] for kind in ("weight", "bias")
+    }
     wanted = {
-        "ours": (ours, 3, "no place, since norms follow, for inner_blocks.1.0.bias"),
+        "resim-bn": ({"state_dict": {n: x for n, x in with_norms.items() if not n.endswith("3.bias")}}, 7, None),
+        "ours": (ours, 3, "no place in the detector (norms have its biases) for inner_blocks.1.0.bias"),
         "resim": (
-            {"state_dict": {**other, **resim}, "epoch": 3},
+            {"state_dict": {**resim, **other}, "epoch": 3},
             5,
-            "no place, since norms follow, for inner_blocks.1.0.bias",
+            "no place in the detector (norms have its biases) for inner_blocks.1.0.bias",
         ),
         "soco": ({"model": soco | {"module.encoder.conv1.weight": bias}}, 40, None),
     }
@@ -969,13 +1102,18 @@ def test_fpn_weights_of_every_layout(tmp_path, capsys):
         line = det.load_fpn(fpn, str(tmp_path / f"{name}.pth"))
         changed = [key for key, x in fpn.state_dict().items() if not torch.equal(x, before[key])]
         assert len(changed) == count and all(torch.equal(fpn.state_dict()[key], values[key]) for key in changed), name
-        assert (note in line) if note else ("no place" not in line)
+        assert note is None or note in line
     torch.save({"state_dict": {"conv1.weight": bias}}, tmp_path / "none.pth")
     with pytest.raises(common.UserError, match="there is no pyramid in it"):
         det.load_fpn(fpn, str(tmp_path / "none.pth"))
-    torch.save({"inner_blocks.1.0.weight": torch.zeros(128, 128, 1, 1)}, tmp_path / "narrow.pth")
-    with pytest.raises(common.UserError, match=r"inner_blocks.1.0.weight is \(128, 128, 1, 1\)"):
-        det.load_fpn(fpn, str(tmp_path / "narrow.pth"))
+    part = {name: x for name, x in ours.items() if ".2." not in name}
+    nan = ours | {"inner_blocks.3.0.weight": torch.full_like(ours["inner_blocks.3.0.weight"], float("nan"))}
+    narrow = ours | {"inner_blocks.1.0.weight": torch.zeros(128, 128, 1, 1)}
+    for state, message in ((narrow, r"inner_blocks.1.0.weight is \(128, 128, 1, 1\)"), (part, "inner_blocks.2.0.weight .* missing"),
+                           (nan, "not finite")):  # fmt: skip
+        torch.save(state, tmp_path / "bad.pth")
+        with pytest.raises(common.UserError, match=message):
+            det.load_fpn(fpn, str(tmp_path / "bad.pth"))
 
 
 @pytest.mark.parametrize("model", ["fpn", "c4"])
@@ -988,7 +1126,7 @@ def test_pretrained_weights_arrive_in_the_detector(model, tmp_path):
     torch.save({"state_dict": {f"module.encoder_q.{name}": x for name, x in state.items()}}, tmp_path / "moco.pth")
     args = scenes_args("--weights", tmp_path / "moco.pth", "--model", model)
     network, lines = det.new_detector(args, 0, 10, ["boxes"], 0, WORLD, None)
-    assert "122 tensors" in lines[0] or "tensors of resnet18" in lines[0]
+    assert f"{len(state)} tensors of resnet18" in lines[0]
     found = network.state_dict()
     for name, x in state.items():
         place = f"backbone.{'' if model == 'c4' else 'body.'}{name}"

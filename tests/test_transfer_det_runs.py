@@ -14,7 +14,7 @@ import common
 import transfer_det as det
 
 assert keep_signals  # a fixture: it gives signals back that main() takes over
-TINY = "--task scenes --data scenes:24 --arch resnet18 --batch-size 2 --iterations 2 --short-sides 64 --test-side 64".split()
+TINY = "--task scenes --data scenes:24 --arch resnet18 --batch-size 2 --iterations 4 --short-sides 64 --test-side 64".split()
 TINY += "--precise-bn 2 --print-freq 1 --workers 0".split()  # eight steps
 
 
@@ -29,13 +29,14 @@ COCO_1X = {
     "batch": "16 images",
     "iterations": "90000, drops at [60000, 80000], warm-up 1000",
     "learning rate": "2e-05 at 0, 0.01001 at 500, 0.02 at 1000, 0.002 at 60000, 0.0002 at 80000",
+    "momentum": "0.9",
     "weight decay": "0.0001 on 87 tensors, 0 on 122 of norms",
     "images": FPN_SIDES,
     "anchors": FPN_ANCHORS,
     "proposals": "2000/1000 before, 1000/1000 after NMS 0.7 (training/testing)",
     "RoIs": ROIS,
-    "losses": "RPN L1 over 256 an image, boxes L1 over all RoIs",
-    "pooling": "aligned, boxes 7 on strides [4, 8, 16, 32]",
+    "losses": "an error of 0.1 costs the RPN 0.1 / 256, the box head 0.1 / RoIs",
+    "pooling": "boxes 7 on strides [4, 8, 16, 32]",
     "box head": "fc 12544-1024, fc 1024-1024",
     "mask head": "14, conv3 256-256 x4, deconv2 256-256, conv1 256-81",
     "keypoint head": "none",
@@ -46,7 +47,7 @@ COCO_1X = {
 C4 = {
     "anchors": "sizes [[32, 64, 128, 256, 512]], strides [16], 15 a cell",
     "proposals": "12000/6000 before, 2000/1000 after NMS 0.7 (training/testing)",
-    "pooling": "aligned, boxes 14 on strides [16]",
+    "pooling": "boxes 14 on strides [16]",
     "box head": "res5 (11 norms), the last one after it 2048 wide",
     "batch norms": "backbone 43 trained, 0 frozen; backbone.fpn 0 trained, 0 frozen; roi_heads 11 trained, 0 frozen",
 }
@@ -105,9 +106,34 @@ PROTOCOLS = {
         "gives": "boxes keypoints",
         "weight decay": "0.0001 on 93 tensors, 0 on 122 of norms",
         "proposals": "2000/1000 before, 1500/1000 after NMS 0.7 (training/testing)",
-        "losses": "RPN L1 over 256 an image, boxes smooth L1 beta 0.5 over all RoIs",
+        "losses": "an error of 0.1 costs the RPN 0.1 / 256, the box head 0.01 / RoIs",
         "mask head": "none",
         "keypoint head": "14, conv3 256-512, conv3 512-512 x7, deconv4 512-17",
+    },
+    "--task coco-keypoint --schedule 2x --model fpn": COCO_1X | {
+        "protocol": "COCO keypoints, Keypoint R-CNN R50-FPN, 2x, protocol A",
+        "gives": "boxes keypoints",
+        "iterations": "180000, drops at [120000, 160000], warm-up 1000",
+        "learning rate": "2e-05 at 0, 0.01001 at 500, 0.02 at 1000, 0.002 at 120000, 0.0002 at 160000",
+        "weight decay": "0.0001 on 93 tensors, 0 on 122 of norms",
+        "proposals": "2000/1000 before, 1500/1000 after NMS 0.7 (training/testing)",
+        "losses": "an error of 0.1 costs the RPN 0.1 / 256, the box head 0.01 / RoIs",
+        "mask head": "none",
+        "keypoint head": "14, conv3 256-512, conv3 512-512 x7, deconv4 512-17",
+    },
+    "--task scenes": COCO_1X | {
+        "protocol": "scenes, Mask and Keypoint R-CNN R50-FPN, small heads",
+        "gives": "boxes masks keypoints",
+        "batch": "4 images",
+        "iterations": "600, drops at [450, 550], warm-up 50",
+        "learning rate": "2e-05 at 0, 0.01001 at 25, 0.02 at 50, 0.002 at 450, 0.0002 at 550",
+        "weight decay": "0.0001 on 93 tensors, 0 on 122 of norms",
+        "images": "short side [112, 128, 144], testing 128, long side at most 400; padded to a multiple of 32",
+        "proposals": "2000/1000 before, 200/200 after NMS 0.7 (training/testing)",
+        "RoIs": ROIS.replace("512", "32"),
+        "mask head": "14, conv3 256-64, conv3 64-64, deconv2 64-256, conv1 256-11",
+        "keypoint head": "14, conv3 256-64, conv3 64-64 x3, deconv4 64-4",
+        "precise BN": "20 batches",
     },
     "--task cityscapes": COCO_1X | {
         "protocol": "Cityscapes, Mask R-CNN R50-FPN, protocol A",
@@ -124,24 +150,28 @@ PROTOCOLS = {
 @pytest.mark.parametrize("flags", PROTOCOLS)
 def test_the_protocol_as_built(flags, capsys):
     """--steps 0 prints what is read off the model, at full size and without data."""
-    det.main([*flags.split(), "--data", "none", "--steps", "0"])
-    printed = dict(
-        line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("protocol")
-    )
-    assert printed["protocol"] == PROTOCOLS[flags]["protocol"]
-    args = settings(*flags.split(), "--data", "none", "--steps", 0)
-    classes = {"voc": 20, "coco": 80, "coco-keypoint": 1, "cityscapes": 8}[args.task]
-    model, _ = det.build_detector(args, classes, args.outputs, 17)
-    assert det.protocol_table(args, model.train(), args.outputs) == PROTOCOLS[flags]
+    det.main([*flags.split(), "--data", "scenes" if "scenes" in flags else "none", "--steps", "0"])
+    printed = {line[:14].strip(): line[15:] for line in capsys.readouterr().out.splitlines()}
+    assert {row: printed[row] for row in PROTOCOLS[flags]} == PROTOCOLS[flags]
+
+
+def test_the_protocol_of_custom_data(tmp_path, capsys):
+    det.main(["--task", "custom", *custom(tmp_path), "--steps", "0"])
+    printed = {line[:14].strip(): line[15:] for line in capsys.readouterr().out.splitlines()}
+    wanted = COCO_1X | {
+        "protocol": "custom, Mask R-CNN R50-FPN",
+        "iterations": "1500, drops at [1000, 1333], warm-up 100",
+        "learning rate": "2e-05 at 0, 0.01001 at 50, 0.02 at 100, 0.002 at 1000, 0.0002 at 1333",
+        "mask head": "14, conv3 256-256 x4, deconv2 256-256, conv1 256-3",
+    }
+    assert {row: printed[row] for row in wanted} == wanted
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags", ["--task voc", "--task coco --heads 4conv1fc", "--task coco --model c4", "--task coco-keypoint"]
-)
+@pytest.mark.parametrize("flags", [f for f in PROTOCOLS if "scenes" not in f and "2x" not in f])
 def test_a_step_at_full_size(flags):
     args = settings(*flags.split(), "--data", "none")
-    classes = {"voc": 20, "coco": 80, "coco-keypoint": 1}[args.task]
+    classes = {"voc": 20, "coco": 80, "coco-keypoint": 1, "cityscapes": 8}[args.task]
     model, _ = det.build_detector(args, classes, args.outputs, 17)
     model.train()
     rows = [
@@ -176,11 +206,13 @@ def test_a_run_writes_what_it_promises(finished):
     )
     (result,) = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert result["seed"] == 0 and result["step"] == 8 and result["weights"] == "random"
-    assert set(result) == {"seed", "step", "weights", "protocol", "box", "mask", "keypoints"}
-    assert result["protocol"].startswith("scenes, Mask R-CNN R18-FPN, protocol A; changed: batch_size 2, iterations 2")
+    assert set(result) == {"seed", "step", "weights", "fpn_weights", "protocol", "box", "mask", "keypoints"}
+    assert result["protocol"].startswith(
+        "scenes, Mask and Keypoint R-CNN R18-FPN, small heads; changed: batch_size 2, iterations 4"
+    )
     lines = log_lines(folder)
     assert [line["step"] for line in lines if "loss" in line] == [*range(1, 9)]
-    assert lines[-1]["result"] == result and "lr 0.005, 8 iterations, drops at [6, 7]" in text
+    assert lines[-1]["result"] == result and "lr 0.01, 8 iterations, drops at [6, 7]" in text
     state = torch.load(folder / "detector.pth")
     assert_same(state, dict(checkpoint(folder)["model"]))
     assert {"backbone.body.conv1.weight", "backbone.fpn.inner_blocks.0.0.weight", "rpn.head.cls_logits.bias"} <= set(
@@ -223,13 +255,26 @@ def test_predict(finished, tmp_path):
 
 
 def test_precise_bn_is_what_is_saved(finished, tmp_path):
-    """The checkpoint's statistics are those of two training batches after the last step."""
+    """The checkpoint's statistics are those of the two training batches after the last step, here taken by hand."""
     folder, _ = finished
-    run("transfer_det.py", *TINY, "--output-dir", tmp_path / "b", "--precise-bn", 0)
-    a, b = checkpoint(folder)["model"], checkpoint(tmp_path / "b")["model"]
-    for name, x in a.items():
-        statistics = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
-        assert torch.equal(x, b[name]) != statistics, name
+    state = checkpoint(folder)
+    args = det.get_args([*TINY, "--output-dir", str(tmp_path)])
+    train = det.open_data(args, "train")
+    outputs, keypoints = det.outputs_of(args, train)
+    world = common.World(0, 1, 0, torch.device("cpu"))
+    model, _ = det.new_detector(args, 0, 10, outputs, len(keypoints), world, state)
+    model.train()
+    images, seen = det.TrainingImages(train, args, 0, outputs), []
+    model.backbone.body.bn1.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].transpose(0, 1).flatten(1))
+    )
+    for batch in det.GroupedBatches(images.wide(), 2, world, 0, 8, 10):
+        pixels, targets, *_ = det.collate([images[key] for key in batch])
+        model(pixels, targets)
+    seen = torch.cat(seen, 1)
+    assert torch.allclose(state["model"]["backbone.body.bn1.running_mean"], seen.mean(1), atol=1e-5)
+    assert torch.allclose(state["model"]["backbone.body.bn1.running_var"], seen.var(1), rtol=1e-3)
+    assert state["precise"] is True
 
 
 @pytest.mark.slow
@@ -267,8 +312,27 @@ def test_trials_have_their_own_seeds_and_a_mean(finished, tmp_path):
     )
     mean = np.mean([r["box"]["AP50"] for r in results])
     assert "2 trials: box AP" in text and f"box AP50 {mean:.2f} +- " in text
-    assert text.splitlines()[-1].startswith("scenes, Mask R-CNN")
+    assert text.splitlines()[-1].startswith("scenes, Mask and Keypoint R-CNN")
     assert "finished" in run("transfer_det.py", *TINY, "--output-dir", folder, "--trials", "2")
+
+
+def test_predict_wants_one_process(finished):
+    folder, _ = finished
+    assert "--predict is a job for one process" in run(
+        "transfer_det.py", "--predict", folder, "--output-dir", folder, processes=2, expect=1
+    )
+
+
+def test_a_model_is_synchronised_where_it_was_not_frozen():
+    args = settings(*TINY, "--freeze-at", 2)
+    model, _ = det.build_detector(args, 10, ["boxes"], 0)
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model).train()
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.SyncBatchNorm)}
+    assert len(norms) == 20 + 8
+    for name, norm in norms.items():
+        frozen = name.startswith(("backbone.body.bn1", "backbone.body.layer1"))
+        assert norm.training != frozen and norm.weight.requires_grad != frozen, name
+    assert len(det.parameter_groups(model, 1e-4)[1]["params"]) == 2 * (28 - 5)
 
 
 def test_spread_by_hand():
@@ -305,7 +369,7 @@ import common, transfer_det as det
 from test_transfer_det import FirstOnes, demo_detector, scenes_args
 world = common.start_processes()
 args = scenes_args("--data", "scenes:8")
-train, _ = det.open_data(args)
+train = det.open_data(args, "train")
 images = det.TrainingImages(train, args, 0, ["boxes"])
 images.short_sides = [128]
 pixels, targets, *_ = det.collate([images[0, i] for i in range(4)])
@@ -341,7 +405,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
 @pytest.mark.slow
 def test_it_learns_eight_scenes_by_heart(tmp_path, monkeypatch):
     train = det.SceneData(0, 8, 96, 0)
-    monkeypatch.setattr(det, "open_data", lambda args: (train, train))
+    monkeypatch.setattr(det, "open_data", lambda *_: train)
     flags = "--demo --batch-size 4 --iterations 90 --lr 0.02 --short-sides 96 --test-side 96 --precise-bn 10 --model fpn".split()
     monkeypatch.setattr(det, "outputs_of", lambda args, train: (["boxes"], []))
     det.main([*flags, "--workers", "0", "--output-dir", str(tmp_path)])
@@ -376,7 +440,7 @@ def test_custom_data_decide_what_is_learned(light, tmp_path, capsys):
     det.main(["--task", "custom", *flags, *small, "--steps", "1", "--output-dir", str(tmp_path / "out")])
     assert "custom, Mask R-CNN R18-FPN" in capsys.readouterr().out
     rows = [annotation(10 * i, [5, 5, 40, 40]) for i in range(4)]
-    train, _ = det.open_data(settings("--task", "custom", *custom(tmp_path / "b", rows)))
+    train = det.open_data(settings("--task", "custom", *custom(tmp_path / "b", rows)), "train")
     assert det.outputs_of(settings("--task", "custom", *flags), train) == (["boxes"], [])
     rows = [annotation(10 * i, [5, 5, 40, 40], keypoints=[9, 9, 2, 8, 8, 0]) for i in range(4)]
     flags = custom(tmp_path / "c", rows)
@@ -385,7 +449,8 @@ def test_custom_data_decide_what_is_learned(light, tmp_path, capsys):
         told["categories"] = [c | {"keypoints": ["left", "right"]} for c in told["categories"]]
         (tmp_path / "c" / f"{name}.json").write_text(json.dumps(told))
     args = settings("--task", "custom", *flags)
-    train, val = det.open_data(args)
+    train = det.open_data(args, "train")
+    val = det.open_data(args, "val", train.categories)
     assert det.outputs_of(args, train) == (["boxes", "keypoints"], ["left", "right"])
     assert det.outputs_of(settings("--task", "custom", *flags, "--model", "c4"), train) == (["boxes"], [])
     assert det.evaluate_coco(val, found_as_truth(val), "keypoints")["AP"] == pytest.approx(100)  # two keypoints, not 17
