@@ -1,0 +1,496 @@
+# SPDX-License-Identifier: MIT
+"""tools/figures.py: what is drawn, read back from matplotlib's objects, is what runs logged and the scripts compute."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, keep_signals, write_images
+from PIL import Image
+from torchvision.transforms import functional as TF
+
+import common
+import setsim
+import transfer_det as det
+import transfer_seg as seg
+from common import UserError
+from tools import figures
+
+assert keep_signals  # a fixture: it gives signals back that main() takes over
+WORLD = common.World(0, 1, 0, torch.device("cpu"))
+THRESHOLDS = [50, 55, 60, 65, 70, 75, 80, 85, 90, 95]
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    figures.pyplot().close("all")
+
+
+def drawn(*words):
+    """The figure of a command, before it is saved."""
+    args = figures.get_args([*map(str, words)])
+    return figures.DRAWN[args.command](args)
+
+
+def write_lines(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path.parent
+
+
+def panels(figure):
+    """{title without what is dashed: axis}"""
+    return {axis.get_title().split(" (")[0]: axis for axis in figure.axes}
+
+
+def lines_of(axis):
+    """{label: [(x, y), ...]}"""
+    return {line.get_label(): list(zip(*map(list, line.get_data()), strict=True)) for line in axis.get_lines()}
+
+
+def pixels(axis, number=0):
+    return np.asarray(axis.images[number].get_array())
+
+
+# ---------------------------------------------------------------------------------------------------------- curves
+
+
+def log_of(start, chance, **others):
+    """A log as the scripts write it: header, probe, three steps, probe."""
+    lines = [{"command": "python setsim.py", "settings": {"lr": 9.0}}]
+    lines += [{"step": 0, "probe": {"hits": 0.2 + start / 100, "chance": 0.125, "cells": 77}}]
+    for step in (10, 20, 30):
+        values = {"loss": start - step / 40, "lr": 0.5, "std_image": 0.01 * step, "images_per_s": 88.0, "bad_images": 0}
+        lines.append({"step": step, "epoch": 0.25, **values, "loss_chance": chance, "std_spread": 0.0625, **others})
+    return [*lines, {"step": 30, "probe": {"hits": 0.5 + start / 100, "chance": 0.125, "cells": 77}}]
+
+
+def test_curves_have_a_panel_for_each_value_and_a_line_for_each_run(tmp_path):
+    one = write_lines(tmp_path / "one" / "log.jsonl", log_of(5.0, 6.5, positives=4.0))
+    two = write_lines(tmp_path / "two" / "log.jsonl", log_of(3.0, None))
+    (two / "log.jsonl").open("a").write('{"step": 40, "lo')  # torn by a kill
+    figure = drawn("curves", one, two, "--names", "first", "second")
+    found = panels(figure)
+    assert list(found) == ["hits", "loss", "std_image", "positives", "lr"]
+    for name, start in (("first", 5.0), ("second", 3.0)):
+        assert lines_of(found["loss"])[name] == [(step, start - step / 40) for step in (10, 20, 30)]
+        assert lines_of(found["hits"])[name] == [(0, 0.2 + start / 100), (30, 0.5 + start / 100)]
+        assert lines_of(found["std_image"])[name] == [(10, 0.1), (20, 0.2), (30, 0.3)]
+    assert lines_of(found["positives"])["first"] == [(10, 4.0), (20, 4.0), (30, 4.0)]
+    assert lines_of(found["positives"])["second"] == []
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["first", "second"]
+    colours = [line.get_color() for line in legend.get_lines()]
+    assert len(set(colours)) == 2
+    for name, axis in found.items():
+        drawn_in = {line.get_label(): line.get_color() for line in axis.get_lines()}
+        assert [drawn_in["first"], drawn_in["second"]] == colours, name
+
+
+def test_yardsticks_are_dashed_in_the_panels_they_belong_to(tmp_path):
+    one = write_lines(tmp_path / "one" / "log.jsonl", log_of(5.0, 6.5))
+    two = write_lines(tmp_path / "two" / "log.jsonl", log_of(3.0, None))
+    figure = drawn("curves", one, two)
+    dashed = {name: {k: v for k, v in lines_of(axis).items() if ": " in k} for name, axis in panels(figure).items()}
+    assert dashed["loss"] == {"one: loss_chance": [(0, 6.5), (1, 6.5)]}  # the second has none, as SimSiam
+    assert dashed["std_image"] == {f"{name}: std_spread": [(0, 0.0625), (1, 0.0625)] for name in ("one", "two")}
+    assert dashed["hits"] == {f"{name}: chance": [(0, 0.125), (1, 0.125)] for name in ("one", "two")}
+    assert dashed["lr"] == {}
+    assert figure.axes[1].get_title() == "loss (dashed: loss_chance)"
+
+
+def test_each_methods_yardsticks_are_those_of_its_own_curves():
+    """Names as the methods log them, against the panels of their curves.png."""
+    of_setsim = ["loss", "loss_image", "loss_set", "loss_chance", "std_image", "std_dense", "std_spread", "rows"]
+    found = {
+        name: figures.yardstick(name, of_setsim) for name in of_setsim if "chance" not in name and "spread" not in name
+    }
+    assert found == {
+        "loss": None, "loss_image": "loss_chance", "loss_set": "loss_chance", "std_image": "std_spread",
+        "std_dense": "std_spread", "rows": None,
+    }  # fmt: skip
+    of_resim = "loss loss_image loss_c4 loss_chance chance_c4 std_image std_c4 std_spread spread_c4 valid_c4".split()
+    found = {
+        name: figures.yardstick(name, of_resim) for name in ("loss", "loss_image", "loss_c4", "std_image", "std_c4")
+    }
+    assert found == {
+        "loss": None, "loss_image": "loss_chance", "loss_c4": "chance_c4", "std_image": "std_spread", "std_c4": "spread_c4",
+    }  # fmt: skip
+    of_d3ssl = "loss loss_dc loss_dp loss_chance std std_spread shift".split()
+    found = {name: figures.yardstick(name, of_d3ssl) for name in ("loss", "loss_dc", "loss_dp", "std", "shift")}
+    assert found == {"loss": "loss_chance", "loss_dc": None, "loss_dp": None, "std": "std_spread", "shift": None}
+
+
+# --------------------------------------------------------------------------------------------------------------- ap
+
+
+def result(seed, protocol="scenes, Mask R-CNN R18-FPN, protocol A", shift=0.0):
+    rng = np.random.default_rng(seed)
+    kinds = {
+        kind: {"AP": 1.0, "AP_by_IoU": {str(t): float(rng.uniform(0, 50)) + shift for t in THRESHOLDS}}
+        for kind in ("box", "mask", "keypoints")
+    }
+    return {"seed": seed, "step": 9, "weights": "random", "protocol": protocol, **kinds}
+
+
+def values(trials, kind):
+    return np.array([[trial[kind]["AP_by_IoU"][str(t)] for t in THRESHOLDS] for trial in trials])
+
+
+def test_ap_is_the_mean_over_trials_and_the_gain_is_over_the_first_run(tmp_path):
+    trials = {"base": [result(0)], "ours": [result(1), result(2), result(6)]}
+    runs = [write_lines(tmp_path / name / "results.jsonl", lines) for name, lines in trials.items()]
+    figure = drawn("ap", *runs)
+    found = panels(figure)
+    assert list(found) == [f"{k}: {what}" for k in ("box", "mask", "keypoints") for what in ("AP", "gain over base")]
+    for kind in ("box", "mask", "keypoints"):
+        means = {name: values(lines, kind).mean(0) for name, lines in trials.items()}
+        axis = found[f"{kind}: AP"]
+        for container, name in zip(axis.containers, trials, strict=True):
+            line, _, bars = container.lines
+            assert np.allclose(line.get_xdata(), np.array(THRESHOLDS) / 100)
+            assert np.allclose(line.get_ydata(), means[name])
+            if name == "ours":
+                low, high = np.array([segment[:, 1] for segment in bars[0].get_segments()]).T
+                assert np.allclose((high - low) / 2, values(trials[name], kind).std(0, ddof=1))
+            assert (len(bars) > 0) == (name == "ours")
+        gains = [line.get_ydata() for line in found[f"{kind}: gain over base"].get_lines()]
+        assert len(gains) == 2 and np.allclose(gains[0], 0) and np.allclose(gains[1], means["ours"] - means["base"])
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert texts == ["base", "ours, mean of 3"]
+    assert figure.get_suptitle() == trials["base"][0]["protocol"]
+
+
+def test_ap_of_one_run_has_no_gain(tmp_path):
+    run = write_lines(tmp_path / "a" / "results.jsonl", [result(0)])
+    assert [axis.get_title() for axis in drawn("ap", run).axes] == ["box: AP", "mask: AP", "keypoints: AP"]
+
+
+def test_differing_protocols_are_named_and_not_drawn(tmp_path):
+    one = write_lines(tmp_path / "one" / "results.jsonl", [result(0, "COCO, protocol A")])
+    two = write_lines(
+        tmp_path / "two" / "results.jsonl", [result(1, "COCO, protocol A"), result(2, "COCO, protocol B")]
+    )
+    with pytest.raises(
+        UserError, match="not comparable.*X: COCO, protocol A; Y: COCO, protocol A and COCO, protocol B"
+    ):
+        drawn("ap", one, two, "--names", "X", "Y")
+    with pytest.raises(UserError, match="not comparable"):
+        drawn("ap", two)
+
+
+# ---------------------------------------------------------------------------------------------------------- matches
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Eight images, two of which are drawn by `--count 2`: numbers 0 and 4."""
+    folder = write_images(tmp_path_factory.mktemp("photos"), 8, size=(96, 64))
+    (folder / "0007.png").rename(folder / "seven.jpg")
+    return folder
+
+
+def a_checkpoint(path, *flags):
+    """checkpoint.pth of setsim.py, whose networks differ and have running statistics."""
+    args = setsim.get_args(["--data", "x", "--arch", "resnet18", "--size", "96", *flags])
+    method = setsim.build(args, WORLD)
+    for place, (name, tensor) in enumerate(method.state_dict().items()):
+        if name.endswith("running_mean"):
+            tensor += 0.1 * torch.rand(tensor.shape, generator=torch.Generator().manual_seed(place))
+    settings = {name: value for name, value in vars(args).items() if name not in setsim.FREE}
+    settings |= {"files": "8 images", "processes": 1}
+    torch.save({"script": "setsim", "settings": settings, "step": 7, "model": method.state_dict()}, path)
+    return args, method
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--amp", "bf16", "--queue-size", "8"], ["--framework", "simsiam", "--dim", "16"]],
+    ids=["moco", "simsiam"],
+)
+def test_matches_are_those_of_setsims_matcher_for_that_image(tmp_path, photos, monkeypatch, flags):
+    args, method = a_checkpoint(tmp_path / "checkpoint.pth", *flags)
+    seen = []
+    draw = setsim.draw_matches
+    monkeypatch.setattr(setsim, "draw_matches", lambda *a: seen.append(a) or draw(*a))
+    figures.main(
+        ["matches", str(tmp_path / "checkpoint.pth"), str(photos), "--count", "2", "--out", str(tmp_path / "m.png")]
+    )
+    ((path, view_q, view_k, found, H, W),) = seen
+    assert path == str(tmp_path / "m.png") and (H, W) == (3, 3) and len(view_q) == 2
+    method.eval()
+    for row, name in enumerate(("0000.png", "0004.png")):
+        with common.drawing("figure", 0, name):
+            image = common.read_image(photos / name)
+            (q, window_q), (k, window_k) = (setsim.random_view(image, 96, False) for _ in range(2))
+        assert torch.equal(view_q[row], q) and torch.equal(view_k[row], k) and not torch.equal(q, k)
+        key = method.key if args.framework == "moco" else method.query
+        with torch.no_grad():  # one image alone, the networks one after the other
+            z_q, z_k = (f.trunk(common.normalise(x[None]))[-1] for f, x in ((method.query, q), (key, k)))
+        one = setsim.match(
+            z_q, z_k, window_q[None], window_k[None], args.matcher, args.attention, args.threshold, args.ratio, args.mu,
+            False, args.geometry,
+        )  # fmt: skip
+        for name, tensor in one._asdict().items():
+            theirs = getattr(found, name)[row]
+            assert torch.allclose(theirs.float(), tensor[0].float(), atol=1e-4), name
+        assert one.set_q.any() and one.positives.any()
+    assert not torch.equal(found.attention_q[0], found.attention_q[1])
+    assert Image.open(path).size == (4 * 230 + 6, 2 * 230 + 20)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_attention_of_a_plain_backbone_is_setsims_for_that_image(tmp_path, photos, wrapped):
+    """Bare weights want --arch; a checkpoint of another script says it itself, and the size of its views."""
+    torch.manual_seed(0)
+    trunk = common.ResNetTrunk("resnet18").eval()
+    trunk.layer4[1].bn2.weight.data *= 2
+    state, flags = trunk.state_dict(), ["--arch", "resnet18"]
+    if wrapped:
+        state = {f"query.trunk.{name}": tensor for name, tensor in state.items()}
+        state, flags = {"script": "resim", "settings": {"arch": "resnet18", "size": 128}, "model": state}, []
+    torch.save(state, tmp_path / "weights.pth")
+    figure = drawn("matches", tmp_path / "weights.pth", photos, "--count", 2, *flags)
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["image", "attention, framed: at least 0.7"]
+    assert [axis.get_ylabel() for axis in figure.axes[:4:2]] == ["0000.png", "0004.png"]
+    side = 128 if wrapped else 224
+    for row, name in enumerate(("0000.png", "0004.png")):
+        image = TF.resize(common.read_image(photos / name), side)
+        assert image.size == (side * 3 // 2, side)
+        with torch.no_grad():
+            z = trunk(common.normalise(TF.pil_to_tensor(image)[None]))[-1]
+        A = setsim.attention_map(z.flatten(2))[0].view(z.shape[2:])
+        plain, axis = figure.axes[2 * row : 2 * row + 2]
+        assert np.array_equal(pixels(plain), np.asarray(image)) and np.array_equal(pixels(axis), np.asarray(image))
+        assert np.allclose(pixels(axis, 1), A, atol=1e-5)
+        assert axis.images[1].get_extent() == [-0.5, image.width - 0.5, image.height - 0.5, -0.5]
+        cell = np.array([image.width / A.shape[1], image.height / A.shape[0]])
+        frames = sorted(tuple(np.round((np.add(patch.xy, 0.5)) / cell, 4)) for patch in axis.patches)
+        assert frames == sorted((float(j), float(i)) for i, j in (A >= 0.7).nonzero().tolist()) and frames
+        assert all(np.allclose([patch.get_width(), patch.get_height()], cell) for patch in axis.patches)
+
+
+# ------------------------------------------------------------------------------------------------------ predictions
+
+DET = "--task scenes --data scenes:8 --arch resnet18 --batch-size 2 --short-sides 64 --test-side 64".split()
+SEG = "--task scenes --data scenes:8 --arch resnet18 --batch-size 2 --crop 32 --resize 160x40 --lr 0.0002".split()
+
+
+def two_runs(folder, script, flags):
+    """Folders `a`, of a real run of one step, and `b`, with other weights."""
+    script.main([*flags, "--workers", "0", "--steps", "1", "--output-dir", str(folder / "a")])
+    state, rng = torch.load(folder / "a" / "checkpoint.pth"), torch.Generator().manual_seed(0)
+    state["optimizer"] = {}  # as large as the rest
+    torch.save(state, folder / "a" / "checkpoint.pth")
+    for tensor in state["model"].values():
+        if tensor.ndim > 1:
+            tensor += 0.5 * tensor.std() * torch.randn(tensor.shape, generator=rng)
+    (folder / "b").mkdir()
+    torch.save(state, folder / "b" / "checkpoint.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detectors(tmp_path_factory):
+    return two_runs(tmp_path_factory.mktemp("detectors"), det, DET)
+
+
+@pytest.fixture(scope="module")
+def segmenters(tmp_path_factory):
+    return two_runs(tmp_path_factory.mktemp("segmenters"), seg, SEG)
+
+
+def grid(figure, rows, columns):
+    """Axes in rows, after a look at the titles' number."""
+    assert len(figure.axes) == rows * columns
+    return [figure.axes[row * columns : (row + 1) * columns] for row in range(rows)]
+
+
+@functools.lru_cache(4)
+def load(script, run):
+    """A run's settings, checkpoint and model, as --eval-only has them."""
+    args = script.get_args(["--output-dir", str(run), "--eval-only"])
+    state = common.load_checkpoint_file(run / "checkpoint.pth")
+    if script is det:
+        sizes = len(state["categories"]), state["outputs"], len(state["keypoints"])
+        return args, state, det.new_detector(args, 0, *sizes, WORLD, state)[0].eval()
+    return args, state, seg.new_segmenter(args, 0, len(state["classes"]), WORLD, state)[0].eval()
+
+
+def test_detections_stand_beside_image_and_truth_a_column_for_each_run(detectors):
+    figure = drawn("predictions", detectors / "a", detectors / "b", "--names", "MoCo", "SetSim", "--count", 1)
+    rows = grid(figure, 1, 4)
+    assert [axis.get_title() for axis in rows[0]] == ["image", "truth", "MoCo", "SetSim"]
+    assert [row[0].get_ylabel() for row in rows] == ["scene 8"]
+    assert all(not np.array_equal(pixels(row[2]), pixels(row[3])) for row in rows)
+    for column, name in ((2, "a"), (3, "b")):
+        args, _, model = load(det, detectors / name)
+        val = det.open_data(args, "val")
+        for row, (index, small, size) in zip(rows, det.TestImages(val, [0], 64, args.max_side), strict=True):
+            assert np.array_equal(pixels(row[0]), np.asarray(val.read(index)))
+            truth = det.draw(val.read(index), val.annotations(index), val.categories, 400)
+            assert np.array_equal(pixels(row[1]), np.asarray(truth))
+            found = det.confident(det.detect(model, small, size))
+            assert found
+            picture = det.draw(val.read(index), found, val.categories, 400)
+            assert np.array_equal(pixels(row[column]), np.asarray(picture))
+
+
+def test_detections_on_ones_own_images_have_no_truth(detectors, photos):
+    figure = drawn("predictions", detectors / "b", "--images", photos, "--count", 1)
+    ((plain, axis),) = grid(figure, 1, 2)
+    assert [plain.get_title(), axis.get_title(), plain.get_ylabel()] == ["image", "b", "0000.png"]
+    _, state, model = load(det, detectors / "b")
+    image = common.read_image(photos / "0000.png")  # 96 x 64, the size of testing
+    found = det.confident(det.detect(model, det.to_tensor(image), (64, 96)))
+    assert np.array_equal(pixels(plain), np.asarray(image))
+    assert np.array_equal(pixels(axis), np.asarray(det.draw(image, found, state["categories"], 400)))
+
+
+def test_label_maps_stand_beside_image_and_truth_with_a_legend(segmenters):
+    figure = drawn("predictions", segmenters / "a", segmenters / "b", "--count", 3)
+    rows = grid(figure, 3, 4)
+    assert [axis.get_title() for axis in rows[0]] == ["image", "truth", "a", "b"]
+    shown = set()
+    for column, name in ((2, "a"), (3, "b")):
+        args, state, model = load(seg, segmenters / name)
+        val, palette = seg.open_data(args, "val"), state["palette"].numpy()
+        for row, index in zip(rows, (0, 2, 5), strict=True):
+            image, labels = val.read(index)
+            _, small, _ = seg.TestImages(val, [index], args.resize)[0]
+            found = seg.segment(model, small, labels.shape, args.crop, args.test)
+            assert np.array_equal(pixels(row[0]), np.asarray(image)) and row[0].get_ylabel() == val.name(index)
+            assert np.array_equal(pixels(row[1]), palette[labels])
+            assert np.array_equal(pixels(row[column]), palette[found])
+            shown |= {*labels.ravel().tolist(), *found.ravel().tolist()}
+    assert any(not np.array_equal(pixels(row[2]), pixels(row[3])) for row in rows)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [state["classes"][k] for k in sorted(shown)]
+    for patch, k in zip(legend.get_patches(), sorted(shown), strict=True):
+        assert np.allclose(patch.get_facecolor()[:3], palette[k] / 255)
+
+
+def test_label_maps_of_ones_own_images(segmenters, photos, capsys):
+    figure = drawn("predictions", segmenters / "a", "--images", photos, "--count", 1)
+    ((plain, axis),) = grid(figure, 1, 2)
+    args, state, model = load(seg, segmenters / "a")
+    image = common.read_image(photos / "0000.png")
+    small = seg.resize_image(seg.to_tensor(image), seg.resized(64, 96, 160, 40))
+    labels = seg.segment(model, small, (64, 96), args.crop, args.test)
+    assert np.array_equal(pixels(plain), np.asarray(image))
+    assert np.array_equal(pixels(axis), state["palette"].numpy()[labels])
+    assert "a: step 1, 1 images" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_runs_of_several_tasks_or_classes_are_refused(detectors, segmenters, tmp_path):
+    words = (
+        "a is a run of transfer_det.py --task scenes with 10 classes, other of transfer_seg.py --task scenes with 11"
+    )
+    with pytest.raises(UserError, match=words):
+        drawn("predictions", detectors / "a", segmenters / "b", "--count", 1, "--names", "a", "other")
+    state = torch.load(segmenters / "b" / "checkpoint.pth")
+    state["classes"] = ["sky", *state["classes"][1:]]
+    (tmp_path / "c").mkdir()
+    torch.save(state, tmp_path / "c" / "checkpoint.pth")
+    with pytest.raises(UserError, match="same classes"):
+        drawn("predictions", segmenters / "a", tmp_path / "c", "--count", 1)
+
+
+def test_unreadable_images_are_passed_over(tmp_path, capsys):
+    folder = write_images(tmp_path / "photos", 3)
+    (folder / "0001.png").write_bytes(b"no image")
+    names, images = figures.own_images(str(folder), 6, "IMAGES")
+    assert names == ["0000.png", "0002.png"] and [image.size for image in images] == [(40, 48)] * 2
+    assert capsys.readouterr().out.startswith("unreadable, passed over: 0001.png (")
+    for name in names:
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="IMAGES: none of the images that were tried can be read"):
+        figures.own_images(str(folder), 6, "IMAGES")
+
+
+def test_images_are_spread_evenly():
+    assert figures.readable([*"abcdefghij"], lambda i: i, 3, "x") == (["a", "d", "g"], [0, 3, 6])
+    assert figures.readable([*"ab"], lambda i: i, 6, "x") == (["a", "b"], [0, 1])
+
+
+def test_runs_of_one_name_are_told_apart():
+    assert figures.get_args(["curves", "x/a", "x/b/"]).names == ["a", "b"]
+    assert figures.get_args(["curves", "x/a", "y/a"]).names == ["x/a", "y/a"]
+
+
+BAD = {
+    "curves nowhere": "nowhere: no such folder",
+    "curves empty": "empty: no log.jsonl in it$",
+    "curves trials": "trials: no log.jsonl in it; give one of its trials: seed0, seed1",
+    "curves header": "header: nothing is logged yet",
+    "curves trials/seed0 --names a b": "--names: 2 names for 1 runs",
+    "curves trials/seed0 --out x.pdf": "--out x.pdf: the name has to end in .png",
+    "curves trials/seed0 --out nowhere/x.png": "--out nowhere/x.png: give a file in a folder that is there",
+    "ap empty": "empty: no results.jsonl in it",
+    "ap seg": "seg: no AP over IoU thresholds in its results.jsonl",
+    "ap header": "header: no AP over IoU thresholds in its results.jsonl",
+    "matches nothing.pth photos": "nothing.pth: no such file",
+    "matches photos/0000.png photos": "photos/0000.png: not a checkpoint that can be read safely",
+    "matches strange.pth photos": "strange.pth: there is no ResNet in it",
+    "matches strange.pth nowhere": "IMAGES nowhere: no such folder",
+    "matches strange.pth empty": "IMAGES empty: no images in it or below",
+    "matches strange.pth photos --count 0": "--count 0: must be at least 1",
+    "predictions empty": "empty: no checkpoint.pth in it",
+    "predictions pretrained": "pretrained/checkpoint.pth: not a checkpoint of transfer_det.py or transfer_seg.py",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_named(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "photos", 1)
+    (tmp_path / "empty").mkdir()
+    for trial in ("seed0", "seed1"):
+        write_lines(tmp_path / "trials" / trial / "log.jsonl", log_of(5.0, 6.0))
+    write_lines(tmp_path / "header" / "log.jsonl", log_of(5.0, 6.0)[:1])
+    write_lines(tmp_path / "header" / "results.jsonl", [])
+    write_lines(tmp_path / "seg" / "results.jsonl", [{"protocol": "p", "mIoU": 5.0, "IoU_by_class": {"sky": 5.0}}])
+    torch.save({"weights": torch.zeros(3)}, "strange.pth")
+    (tmp_path / "pretrained").mkdir()
+    torch.save({"script": "setsim", "settings": {}}, "pretrained/checkpoint.pth")
+    before = sorted(tmp_path.rglob("*.png"))
+    with pytest.raises(UserError, match=BAD[words]):
+        figures.main(words.split())
+    assert sorted(tmp_path.rglob("*.png")) == before
+
+
+def test_data_that_a_run_remembers_but_that_is_gone(detectors, tmp_path):
+    state = torch.load(detectors / "a" / "checkpoint.pth")
+    state["given"] |= {"task": "voc", "data": str(tmp_path / "gone")}
+    (tmp_path / "run").mkdir()
+    torch.save(state, tmp_path / "run" / "checkpoint.pth")
+    with pytest.raises(UserError, match="gone"):
+        drawn("predictions", tmp_path / "run")
+
+
+def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch):
+    run = write_lines(tmp_path / "run" / "log.jsonl", log_of(5.0, 6.0))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        drawn("curves", run)
+
+
+def test_as_a_user_runs_it(tmp_path, capsys):
+    """A picture and where it is; one line and exit code 2."""
+    run = write_lines(tmp_path / "run" / "log.jsonl", log_of(5.0, 6.0))
+    figures.main(["curves", str(run), "--out", str(tmp_path / "curves.png")])
+    assert capsys.readouterr().out == f"picture: {tmp_path / 'curves.png'}\n"
+    assert Image.open(tmp_path / "curves.png").width > 1000
+    command, environment = [sys.executable, "-m", "tools.figures", "curves"], {**os.environ, "PYTHONPATH": str(ROOT)}
+    bad = subprocess.run([*command, "nowhere"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stdout == ""
+    assert bad.stderr == "figures.py: error: nowhere: no such folder (give the --output-dir of a run)\n"

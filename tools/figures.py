@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: MIT
+"""Pictures that compare runs: curves, AP over IoU thresholds, what a network attends to, predictions side by side.
+
+    python -m tools.figures curves runs/setsim runs/resim --out curves.png          losses and health, a panel each
+    python -m tools.figures ap runs/det_moco runs/det_resim --names MoCo-v2 ReSim   PAPER: ReSim Figure 4
+    python -m tools.figures matches runs/setsim/checkpoint.pth photos               PAPER: SetSim Figure 3
+    python -m tools.figures matches runs/resim/resnet50.pth photos                  attention of any other backbone
+    python -m tools.figures predictions runs/det_moco runs/det_setsim               PAPER: SetSim Figures 4 to 9
+    python -m tools.figures predictions runs/seg_moco runs/seg_setsim --images photos
+
+A RUN is the --output-dir of a script; of several trials, `ap` takes the means, and the others want one of the folders
+seed0, seed1, ... in it. Networks are in evaluation mode: what is drawn of an image does not depend on the others.
+"""
+
+import argparse
+import os
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import functional as TF
+
+import common
+from common import UserError
+
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito's, without the yellow
+STYLES = ("-", "--", ":")  # where there are more runs than colours
+NOT_DRAWN = "step epoch images_per_s data_share bad_images cells objects".split()
+THRESHOLD = 0.7  # PAPER: SetSim's delta, for backbones that come without one
+LONG_SIDE = 400  # pixels of a picture in a column
+
+
+def get_args(argv=None):
+    # fmt: off
+    parser = argparse.ArgumentParser(prog="python -m tools.figures", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, text):
+        flag = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
+        flag("--out", default=f"{name}.png", metavar="FILE.png", help="the picture to write")
+        if name != "matches":
+            flag("runs", nargs="+", metavar="RUN", help="output folder of a run")
+            flag("--names", nargs="+", metavar="NAME", help="what the picture calls the runs; default: their folders' names")
+        if name in ("matches", "predictions"):
+            flag("--count", default=6, type=int, metavar="N", help="so many images at most, spread evenly over all there are")
+        return flag
+
+    command("curves", "every loss and health value that runs of any script have logged")
+    command("ap", "AP over IoU thresholds of runs of transfer_det.py, and the gain over the first one")
+    flag = command("matches", "attention, sets and correspondences on one's own images")
+    flag("checkpoint", metavar="CHECKPOINT", help="checkpoint.pth of setsim.py: two random crops of an image, matched; any other file with a ResNet in it: attention alone")
+    flag("images", metavar="IMAGES", help="folder of images, searched recursively")
+    flag("--arch", default="resnet50", choices=common.ARCHS, help="the ResNet in CHECKPOINT, if it does not say so itself")
+    flag("--seed", default=0, type=int, help="of the crops")
+    flag = command("predictions", "predictions of runs of transfer_det.py or transfer_seg.py in columns beside image and truth")
+    flag("--images", metavar="DIR", help="one's own images, without truth; default: the first run's validation data")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if not args.out.lower().endswith(".png"):
+        raise UserError(f"--out {args.out}: the name has to end in .png")
+    common.check_range(args, **{name: (low, None) for name, low in (("count", 1), ("seed", 0)) if hasattr(args, name)})
+    if args.command != "matches":
+        folders = [os.path.basename(os.path.normpath(run)) for run in args.runs]
+        args.names = args.names or (folders if len(set(folders)) == len(folders) else args.runs)
+        if len(args.names) != len(args.runs):
+            raise UserError(f"--names: {len(args.names)} names for {len(args.runs)} runs")
+    return args
+
+
+# ======================================================================================================================
+# What runs leave behind, and images
+# ======================================================================================================================
+
+
+def file_of(run, name):
+    """The path of a run's file. Errors: UserError, no such folder or file."""
+    path = os.path.join(run, name)
+    if not os.path.isdir(run):
+        raise UserError(f"{run}: no such folder (give the --output-dir of a run)")
+    if not os.path.exists(path):
+        trials = sorted(part for part in os.listdir(run) if os.path.exists(os.path.join(run, part, name)))
+        raise UserError(
+            f"{run}: no {name} in it" + (f"; give one of its trials: {', '.join(trials)}" if trials else "")
+        )
+    return path
+
+
+def readable(names, read, count, source):
+    """Up to `count` images spread evenly over a list; unreadable ones are named and passed over.
+
+    Args:
+        names: of all images. read: function of an image's place in the list. source: what the error message calls it.
+    Returns:
+        names of the chosen images, [read(place), ...]
+    Errors:
+        UserError: none can be read.
+    """
+    chosen, found = [], []
+    for place in sorted({number * len(names) // count for number in range(count)}):
+        try:
+            found.append(read(place))
+            chosen.append(names[place])
+        except OSError as error:
+            print(f"unreadable, passed over: {names[place]} ({error})", flush=True)
+    if not found:
+        raise UserError(f"{source}: none of the images that were tried can be read")
+    return chosen, found
+
+
+def own_images(folder, count, source):
+    """One's own images: their names, and [PIL RGB, ...]."""
+    names = common.list_images(folder, source)
+    return readable(names, lambda i: common.read_image(os.path.join(folder, names[i])), count, source)
+
+
+# ======================================================================================================================
+# Figures. Each function takes the parsed command line and returns a matplotlib figure.
+# ======================================================================================================================
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing to files alone. Errors: UserError, it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("matplotlib is needed to draw: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def line_of(place):
+    """Colour and style of run number `place`."""
+    return {"color": COLOURS[place % len(COLOURS)], "ls": STYLES[place // len(COLOURS) % len(STYLES)]}
+
+
+def logged(run):
+    """{name: [(step, number), ...]} of all that a run has logged, the probe before and after training among it."""
+    values = {}
+    for line in common.read_log(file_of(run, "log.jsonl")):
+        for name, value in (line | line.get("probe", {})).items():
+            if name not in NOT_DRAWN and isinstance(value, (int, float)):
+                values.setdefault(name, []).append((line["step"], value))
+    if not values:
+        raise UserError(f"{run}: nothing is logged yet")
+    return values
+
+
+def yardstick(name, values):
+    """The name among `values` of what a value is to be compared with: a random guess, evenly drawn directions; or None."""
+    kind, _, part = name.partition("_")
+    if kind in ("loss", "std"):
+        own = f"{'chance' if kind == 'loss' else 'spread'}_{part}"
+        whole = part in ("image", "set") or name == "loss" and "loss_image" not in values
+        found = own if own in values else "std_spread" if kind == "std" else "loss_chance" if whole else None
+    else:
+        found = "chance" if name == "hits" else None
+    return found if found in values else None
+
+
+def draw_curves(args):
+    """A panel for each value that is logged, a line for each run; dashed and thin: its yardstick."""
+    plt, runs = pyplot(), [logged(run) for run in args.runs]
+    names = list(dict.fromkeys(name for values in runs for name in values))
+    names = [name for name in names if not {"chance", "spread"} & set(name.split("_"))]
+    names.sort(key=lambda name: name == "lr")  # the last one, as in the runs' own curves.png
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.4 * columns, 2.5 * rows + 0.5), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    for axis, name in zip(axes.flat, names, strict=False):
+        beside = {yardstick(name, values) for values in runs} - {None}
+        for place, values in enumerate(runs):
+            points = values.get(name, [])
+            marker = "." if len(points) < 20 else ""
+            axis.plot(*np.reshape(points, (-1, 2)).T, lw=1.4, marker=marker, label=args.names[place], **line_of(place))
+            other = yardstick(name, values)
+            if other and points:
+                style = line_of(place) | {"ls": (0, (4, 3)), "lw": 0.9}
+                axis.axhline(values[other][-1][1], label=f"{args.names[place]}: {other}", **style)
+        axis.set_title(name + "".join(f" (dashed: {other})" for other in sorted(beside)), fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    handles = [plt.Line2D([], [], lw=2, label=name, **line_of(place)) for place, name in enumerate(args.names)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4)
+    return figure
+
+
+def by_threshold(trial):
+    """{kind (box, mask, ...): {IoU in percent: AP}} of a trial's result."""
+    kinds = {kind: value for kind, value in trial.items() if isinstance(value, dict)}
+    return {kind: value["AP_by_IoU"] for kind, value in kinds.items() if "AP_by_IoU" in value}
+
+
+def draw_ap(args):
+    """A row for each kind: AP over thresholds, mean and deviation (n - 1) of the trials; and the gain over the first run.
+
+    Errors:
+        UserError: other protocols, whose numbers are not comparable; no such results.
+    """
+    plt, results = pyplot(), [common.read_log(file_of(run, "results.jsonl")) for run in args.runs]
+    runs = [[by_threshold(trial) for trial in trials] for trials in results]
+    for run, trials in zip(args.runs, runs, strict=True):
+        if not trials or not trials[0]:
+            raise UserError(f"{run}: no AP over IoU thresholds in its results.jsonl (transfer_det.py writes it)")
+    protocols = [{trial["protocol"] for trial in trials} for trials in results]
+    if len(set.union(*protocols)) > 1:
+        which = "; ".join(f"{n}: {' and '.join(sorted(p))}" for n, p in zip(args.names, protocols, strict=True))
+        raise UserError(f"the runs have different protocols, their numbers are not comparable ({which})")
+    kinds = [kind for kind in runs[0][0] if all(kind in trials[0] for trials in runs)]
+    shape = len(kinds), 2 if len(runs) > 1 else 1
+    figure, axes = plt.subplots(
+        *shape, figsize=(5 * shape[1], 3.4 * shape[0] + 0.8), squeeze=False, layout="constrained"
+    )
+    for row, kind in zip(axes, kinds, strict=True):
+        means = []
+        for place, trials in enumerate(runs):
+            thresholds = [int(threshold) / 100 for threshold in trials[0][kind]]
+            values = np.array([list(trial[kind].values()) for trial in trials])  # (trials, thresholds)
+            means.append(values.mean(0))
+            several = len(trials) > 1
+            style = line_of(place) | {"marker": "osD^vP*"[place % 7], "ms": 4, "lw": 1.4}
+            label = args.names[place] + (f", mean of {len(trials)}" if several else "")
+            row[0].errorbar(
+                thresholds, means[-1], values.std(0, ddof=1) if several else None, capsize=2, label=label, **style
+            )
+            for axis in row[1:]:
+                axis.plot(thresholds, means[-1] - means[0], label=label, **style)
+                axis.set_title(f"{kind}: gain over {args.names[0]}")
+        row[0].set(title=f"{kind}: AP", ylabel="AP, percent")
+        for axis in row:
+            axis.set_xlabel("threshold of OKS" if kind == "keypoints" else "threshold of IoU")
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    figure.suptitle(*protocols[0], fontsize=10)
+    return figure
+
+
+def draw_columns(plt, rows, titles, names):
+    """Pictures in columns.
+
+    Args:
+        rows: a list of pictures (PIL or arrays) for each image. titles: of the columns. names: of the images.
+    """
+    shapes = [np.asarray(row[0]).shape for row in rows]
+    ratios = [height / width for height, width, *_ in shapes]
+    figure, axes = plt.subplots(
+        len(rows), len(titles), figsize=(2.8 * len(titles) + 0.3, 2.8 * sum(ratios) + 0.8), squeeze=False,
+        height_ratios=ratios, layout="constrained",
+    )  # fmt: skip
+    for line, row, name in zip(axes, rows, names, strict=True):
+        for axis, picture in zip(line, row, strict=True):
+            axis.imshow(np.asarray(picture))
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name[-24:], fontsize=7)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=10)
+    return figure
+
+
+def device():
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def draw_matches(args):
+    """`setsim.draw_matches` on crops of one's own images, written to --out; for other backbones `draw_attention`."""
+    import setsim
+
+    state = {} if args.checkpoint == "imagenet" else common.load_checkpoint_file(args.checkpoint)
+    settings = state.get("settings", {}) if isinstance(state, dict) else {}
+    names, images = own_images(args.images, args.count, "IMAGES")
+    if not settings or state.get("script") != setsim.NAME:
+        return draw_attention(args, settings, names, images)
+    world = common.World(0, 1, 0, device())
+    method = setsim.build(argparse.Namespace(**settings | {"amp": "none"}), world)
+    method.load_state_dict(state["model"])
+    views = []
+    for name, image in zip(names, images, strict=True):
+        with common.drawing("figure", args.seed, name):
+            views.append([x for _ in range(2) for x in setsim.random_view(image, settings["size"], False)])
+    view_q, window_q, view_k, window_k = (torch.stack(x).to(world.device) for x in zip(*views, strict=True))
+    z_q, z_k = method.eval().features(view_q, view_k)
+    found = method.matcher(z_q, z_k, window_q, window_k, common.generator("figure", args.seed))
+    setsim.draw_matches(args.out, view_q, view_k, found, *z_q.shape[2:])
+    print(f"rows: {', '.join(names)}", flush=True)
+    return None
+
+
+def draw_attention(args, settings, names, images):
+    """Images beside their attention (PAPER: SetSim's Eq. 3 on C5); cells of at least THRESHOLD are framed."""
+    import setsim
+
+    plt, arch = pyplot(), settings.get("arch", args.arch)
+    weights, line = common.load_backbone(args.checkpoint, arch)
+    print(line, flush=True)
+    trunk = common.ResNetTrunk(arch).to(device()).eval()
+    trunk.load_state_dict(weights)
+    images = [TF.resize(image, settings.get("size", 224)) for image in images]  # short side
+    title = f"attention, framed: at least {THRESHOLD}"
+    figure = draw_columns(plt, [[image, image] for image in images], ["image", title], names)
+    for axis, image in zip(figure.axes[1::2], images, strict=True):
+        z = trunk(common.normalise(TF.pil_to_tensor(image)[None].to(device())))[-1]  # (1, C, H, W)
+        H, W = z.shape[2:]
+        A = setsim.attention_map(z.flatten(2))[0].view(H, W).cpu()
+        edges = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
+        shown = axis.imshow(A.numpy(), "cividis", vmin=0, vmax=1, alpha=0.65, extent=edges, interpolation="nearest")
+        width, height = image.width / W, image.height / H
+        for i, j in setsim.threshold_set(A, THRESHOLD).nonzero().tolist():
+            corner = (j * width - 0.5, i * height - 0.5)
+            axis.add_patch(plt.Rectangle(corner, width, height, fill=False, ec="#E69F00", lw=1.5))
+    figure.colorbar(shown, ax=figure.axes, location="bottom", shrink=0.5, label="attention", aspect=40)
+    return figure
+
+
+class Detection:
+    """What `draw_predictions` needs of transfer_det.py; truth and predictions are rows, as its `draw` takes them.
+
+    Args:
+        flags: that give the run's settings. state: its checkpoint.
+    """
+
+    def __init__(self, flags, state):
+        import transfer_det as script
+
+        self.script, self.state, self.categories = script, state, state["categories"]
+        self.args, self.classes = script.get_args(flags), [category["name"] for category in self.categories]
+
+    def validation(self):
+        """Names, and a function of the place in their list that gives (PIL RGB, truth)."""
+        data = self.script.open_data(self.args, "val", self.categories)
+        return [image["file_name"] for image in data.images], lambda i: (data.read(i), data.annotations(i))
+
+    def predict(self, images, world):
+        """What the model finds in each image, as --predict has it."""
+        script, args, state, found = self.script, self.args, self.state, []
+        sizes = len(self.categories), state["outputs"], len(state["keypoints"])
+        model = script.new_detector(args, args.seed, *sizes, world, state)[0].eval()
+        for image in images:
+            size = image.height, image.width
+            new_size = script.resized(*size, args.test_side, args.max_side)
+            pixels = script.to_tensor(image.resize(new_size[::-1], Image.BILINEAR)).to(world.device)
+            found.append(script.confident(script.detect(model, pixels, size)))
+        return found
+
+    def draw(self, image, rows):
+        return self.script.draw(image, rows, self.categories, LONG_SIDE)
+
+
+class Segmentation:
+    """The same of transfer_seg.py; truth and predictions are label maps, uint8 (H, W)."""
+
+    def __init__(self, flags, state):
+        import transfer_seg as script
+
+        self.script, self.state, self.palette = script, state, state["palette"].numpy()
+        self.args, self.classes = script.get_args(flags), list(state["classes"])
+
+    def validation(self):
+        data = self.script.open_data(self.args, "val", self.classes)
+        return [data.name(i) for i in range(len(data))], data.read
+
+    def predict(self, images, world):
+        script, args, found = self.script, self.args, []
+        model = script.new_segmenter(args, args.seed, len(self.classes), world, self.state)[0].eval()
+        for image in images:
+            size = image.height, image.width
+            pixels = script.resize_image(script.to_tensor(image), script.resized(*size, *args.resize)).to(world.device)
+            found.append(script.segment(model, pixels, size, args.crop, args.test))
+        return found
+
+    def draw(self, image, labels):
+        return self.script.colour(labels, self.palette).convert("RGB")
+
+
+def fine_tuned(run, images):
+    """A run as Detection or Segmentation. images: a folder of one's own, or None. Errors: UserError, nothing of the kind."""
+    path = file_of(run, "checkpoint.pth")
+    state = common.load_checkpoint_file(path)
+    kinds = {"transfer_det": Detection, "transfer_seg": Segmentation}
+    if not isinstance(state, dict) or state.get("script") not in kinds:
+        raise UserError(f"{path}: not a checkpoint of transfer_det.py or transfer_seg.py")
+    del state["optimizer"]  # as large as the model
+    return kinds[state["script"]](["--output-dir", run, *(["--predict", images] if images else ["--eval-only"])], state)
+
+
+def draw_predictions(args):
+    """A row for each image: the image, the truth if it is known, what each run predicts.
+
+    Errors:
+        UserError: no fine-tuned model, models of other tasks or classes, validation data that is no longer there.
+    """
+    plt, world = pyplot(), common.World(0, 1, 0, device())
+    runs = [fine_tuned(run, args.images) for run in args.runs]
+    tasks = [f"{run.state['script']}.py --task {run.args.task} with {len(run.classes)} classes" for run in runs]
+    for name, task, run in zip(args.names, tasks, runs, strict=True):
+        if (task, run.classes) != (tasks[0], runs[0].classes):
+            raise UserError(
+                f"{args.names[0]} is a run of {tasks[0]}, {name} of {task}: give runs of one task and with the same classes"
+            )
+    kind, columns = runs[0], []
+    if args.images:
+        names, images = own_images(args.images, args.count, "--images")
+    else:
+        names, pairs = readable(*kind.validation(), args.count, "the validation data")
+        images, truth = zip(*pairs, strict=True)
+        columns.append(truth)
+    for name, run in zip(args.names, runs, strict=True):
+        columns.append(run.predict(images, world))
+        print(f"{name}: step {run.state['step']}, {len(images)} images", flush=True)
+    rows = [[image, *(kind.draw(image, one) for one in shown)] for image, *shown in zip(images, *columns, strict=True)]
+    figure = draw_columns(plt, rows, ["image", *([] if args.images else ["truth"]), *args.names], names)
+    if isinstance(kind, Segmentation):  # detections have their names at the boxes
+        present = np.unique(np.concatenate([labels.ravel() for column in columns for labels in column]))
+        handles = [
+            plt.Rectangle((0, 0), 1, 1, fc=kind.palette[k] / 255, ec="black", label=kind.classes[k])
+            for k in present
+            if k < len(kind.classes)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2 + len(rows[0]), fontsize=8)
+    return figure
+
+
+DRAWN = {"curves": draw_curves, "ap": draw_ap, "matches": draw_matches, "predictions": draw_predictions}
+
+
+def main(argv=None):
+    args = get_args(argv)
+    folder = os.path.dirname(args.out) or "."
+    if os.path.isdir(args.out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"--out {args.out}: give a file in a folder that is there and can be written")
+    figure = DRAWN[args.command](args)
+    if figure is not None:
+        figure.savefig(args.out, dpi=150)
+    print(f"picture: {args.out}", flush=True)
+
+
+if __name__ == "__main__":
+    common.run_main(main)
