@@ -20,7 +20,7 @@ from tools import proposals
 README = (ROOT / "README.md").read_text()
 METHODS = ["setsim.py", "resim.py", "d3ssl.py"]
 TRANSFERS = ["transfer_det.py", "transfer_seg.py"]
-TOOLS = ["tools/proposals.py", "tools/openimages_mini.py", "tools/to_detectron2.py"]
+TOOLS = ["tools/proposals.py", "tools/openimages_mini.py", "tools/to_detectron2.py", "tools/figures.py"]
 TOOLS += ["probes/frozen.py", "probes/linear.py", "probes/oknn.py", "probes/bias.py"]
 SOURCES = {ROOT / name: (ROOT / name).read_text() for name in (*METHODS, *TRANSFERS, "common.py", *TOOLS)}
 PICTURES = {"setsim.py": "matches_end.png", "resim.py": "regions_end.png", "d3ssl.py": "regions_end.png"}
@@ -65,7 +65,7 @@ def test_every_command_of_the_readme_parses(monkeypatch):
         module(script).get_args(flags)  # raises for an unknown flag or a setting that makes no sense
 
 
-MODULES = {"tools.proposals": 4, "tools.openimages_mini": 1, "tools.to_detectron2": 2, "probes.linear": 3, "probes.oknn": 3,
+MODULES = {"tools.proposals": 4, "tools.openimages_mini": 1, "tools.to_detectron2": 2, "tools.figures": 4, "probes.linear": 3, "probes.oknn": 3,
            "probes.bias": 2}  # fmt: skip
 
 
