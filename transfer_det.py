@@ -139,6 +139,8 @@ def get_args(argv=None):
     flag("--resume", default=None, metavar="FILE", help="continue from this checkpoint; default OUTPUT_DIR/checkpoint.pth if it is there")
     # fmt: on
     args, given = parser.parse_args(argv), common.given_flags(parser, argv)
+    if args.eval_only and args.predict:
+        raise UserError("--eval-only and --predict are two jobs: give one of them")
     if args.eval_only or args.predict:
         given |= remembered(args, given)
     if args.demo:
@@ -166,10 +168,17 @@ def remembered(args, given):
     """The settings that the detector in --output-dir was made with, where the command line does not say otherwise."""
     path = args.resume or os.path.join(args.output_dir, "checkpoint.pth")
     if not os.path.exists(path):
-        raise UserError(f"{path}: no such file; --eval-only and --predict want the --output-dir of a run")
+        raise UserError(
+            f"{path}: no such file; --eval-only and --predict want the --output-dir of a run (seed0, ... of trials)"
+        )
     found = common.load_checkpoint_file(path)
     if not isinstance(found, dict) or found.get("script") != NAME:
         raise UserError(f"{path}: not a checkpoint of {NAME}.py")
+    for name in given.keys() - {*FREE, "test_side", "max_side"}:
+        if given[name] != found["settings"].get(name):
+            raise UserError(
+                f"--{name.replace('_', '-')} {given[name]}: the detector in {args.output_dir} was made with another"
+            )
     return {name: value for name, value in found["given"].items() if name not in given}
 
 
@@ -188,6 +197,8 @@ def check_args(args, given):
         for name in wanted[args.task]:
             if getattr(args, name) is None and not args.predict:
                 raise UserError(f"--task {args.task} wants --{name.replace('_', '-')}: {HELP[args.task]}")
+    if args.trials > 1 and args.resume:
+        raise UserError("--resume goes with one trial: each of several continues from its own folder")
     useless = {"train_set": "voc", "schedule": "coco coco-keypoint", "train_json": "custom", "val_json": "custom"}
     useless |= {"images": "custom", "val_images": "custom", "data": "voc coco coco-keypoint cityscapes scenes"}
     for name, tasks in useless.items():
@@ -1275,6 +1286,9 @@ def detect(model, image, size):
 def detect_all(model, data, args, world):
     """{index: detections} of all images of `data`, each process taking its share; equal on all processes."""
     model.eval()
+    if world.size > 1:  # on CPUs each process has its own running statistics: the first one's, which are saved, count
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     images = TestImages(data, range(world.rank, len(data), world.size), args.test_side, args.max_side)
     loader = torch.utils.data.DataLoader(
         images, batch_size=None, num_workers=args.workers, worker_init_fn=common.detach_worker
@@ -1902,7 +1916,7 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
             )  # fmt: skip
 
     # steps ------------------------------------------------------------------------------------------------------------
-    meter = common.Meter(args.batch_size)
+    meter, stop = common.Meter(args.batch_size), 0
     for pixels, targets, index, passed in meter.timed(batches(step, last)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, schedule["lr"], schedule["warmup"], schedule["drops"])
@@ -1931,7 +1945,7 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
         if stop:
             print0(f"stopped by a signal and saved at step {step}; the same command continues")
             break
-    if step < total:
+    if step < total or stop:
         log.close()
         return None
 
@@ -2029,16 +2043,13 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = False  # nearly every batch has a size of its own
     if args.demo and "amp" not in args.given and common.bf16_is_fast(world.device):
         args.amp = "bf16"
-    if args.batch_size % world.size:
-        raise UserError(f"--batch-size {args.batch_size}: must be divisible by the {world.size} processes")
-
     if args.eval_only or args.predict:
         state = common.load_checkpoint_file(args.resume or os.path.join(args.output_dir, "checkpoint.pth"))
         outputs, keypoints, categories = state["outputs"], state["keypoints"], state["categories"]
-        model, _ = new_detector(args, args.seed, len(categories), outputs, len(keypoints), world, state)
-        model.eval()
         if args.predict and world.size > 1:
             raise UserError("--predict is a job for one process: start it without torchrun")
+        model, _ = new_detector(args, args.seed, len(categories), outputs, len(keypoints), world, state)
+        model.eval()
         if args.predict:
             predict(args, model, categories, world)
             return
@@ -2049,6 +2060,8 @@ def main(argv=None):
                 json.dump(result, file)
         return
 
+    if args.batch_size % world.size:
+        raise UserError(f"--batch-size {args.batch_size}: must be divisible by the {world.size} processes")
     train = open_data(args, "train")
     data, results, stop_signal = (train, open_data(args, "val", train.categories)), [], common.StopSignal()
     for seed in range(args.seed, args.seed + args.trials):  # AMBIGUOUS: F15. nobody published seeds
@@ -2060,7 +2073,7 @@ def main(argv=None):
         if world.rank == 0:  # as many lines as trials are finished, also after a kill
             with open(os.path.join(args.output_dir, "results.jsonl"), "w") as file:
                 file.writelines(json.dumps(one) + "\n" for one in results)
-    if args.trials > 1:
+    if args.trials > 1 and world.rank == 0:
         print0(f"{results[0]['protocol']}; {origin(args)}; {len(results)} trials: {spread(results)}")
 
 

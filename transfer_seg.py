@@ -31,6 +31,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import scipy.io
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -115,6 +116,8 @@ def get_args(argv=None):
     flag("--resume", default=None, metavar="FILE", help="continue from this checkpoint; default OUTPUT_DIR/checkpoint.pth if it is there")
     # fmt: on
     args, given = parser.parse_args(argv), common.given_flags(parser, argv)
+    if args.eval_only and args.predict:
+        raise UserError("--eval-only and --predict are two jobs: give one of them")
     if args.eval_only or args.predict:
         given |= remembered(args, given)
     if args.demo:
@@ -142,10 +145,17 @@ def remembered(args, given):
     """The settings that the segmenter in --output-dir was made with, where the command line does not say otherwise."""
     path = args.resume or os.path.join(args.output_dir, "checkpoint.pth")
     if not os.path.exists(path):
-        raise UserError(f"{path}: no such file; --eval-only and --predict want the --output-dir of a run")
+        raise UserError(
+            f"{path}: no such file; --eval-only and --predict want the --output-dir of a run (seed0, ... of trials)"
+        )
     found = common.load_checkpoint_file(path)
     if not isinstance(found, dict) or found.get("script") != NAME:
         raise UserError(f"{path}: not a checkpoint of {NAME}.py")
+    for name in given.keys() - {*FREE, "test", "resize"}:
+        if given[name] != found["settings"].get(name):
+            raise UserError(
+                f"--{name.replace('_', '-')} {given[name]}: the segmenter in {args.output_dir} was made with another"
+            )
     return {name: value for name, value in found["given"].items() if name not in given}
 
 
@@ -167,6 +177,8 @@ def check_args(args, given):
         for name in wanted[args.task]:
             if getattr(args, name) is None and not args.predict:
                 raise UserError(f"--task {args.task} wants --{name.replace('_', '-')}: {HELP[args.task]}")
+    if args.trials > 1 and args.resume:
+        raise UserError("--resume goes with one trial: each of several continues from its own folder")
     useless = dict.fromkeys(("images", "masks", "val_images", "val_masks", "classes", "ignore"), "custom")
     useless |= {"data": "voc cityscapes ade20k scenes"}
     for name, tasks in useless.items():
@@ -247,7 +259,7 @@ class MaskData:
 
     def fingerprint(self):
         """A name for this list of images, whatever folder it lies in."""
-        names = "|".join(f"{image} {mask}" for image, mask, _ in self.pairs)
+        names = "|".join(os.path.basename(image) for image, _, _ in self.pairs)
         return f"{len(self)} images, sha256 {hashlib.sha256(names.encode()).hexdigest()[:16]}"
 
 
@@ -267,8 +279,6 @@ def read_mask(path):
     """The values of a mask: a PNG with one channel or a palette, or SBD's .mat. Returns: uint8 (H, W). Errors: OSError."""
     try:
         if path.endswith(".mat"):
-            import scipy.io
-
             return scipy.io.loadmat(path)["GTcls"][0]["Segmentation"][0]
         with Image.open(path) as image:
             if len(image.getbands()) > 1:
@@ -276,6 +286,8 @@ def read_mask(path):
             values = np.asarray(image)
     except Exception as error:  # Pillow and scipy raise many kinds for broken files
         raise OSError(f"{path}: {error}") from error
+    if values.dtype.kind not in "iub":
+        raise OSError(f"{path} has values of kind {values.dtype}: they must be whole numbers")
     if values.min() < 0 or values.max() > 255:
         raise OSError(f"{path} has values from {values.min()} to {values.max()}: they must be between 0 and 255")
     return values.astype(np.uint8)
@@ -350,7 +362,9 @@ def read_cityscapes(root, split):
         "labelIds": table_of(CITYSCAPES, set(range(256)) - CITYSCAPES.keys()),
     }
     pairs, images = [], os.path.join(root, "leftImg8bit", split)
-    for city in sorted(os.listdir(images)) if os.path.isdir(images) else []:
+    for city in (
+        sorted(c for c in os.listdir(images) if os.path.isdir(os.path.join(images, c))) if os.path.isdir(images) else []
+    ):
         for name in sorted(os.listdir(os.path.join(images, city))):
             if name.endswith("_leftImg8bit.png"):
                 stem = os.path.join("gtFine", split, city, name.replace("_leftImg8bit.png", "_gtFine"))
@@ -425,6 +439,8 @@ def read_custom(args, split, classes):
                 "--val-images and --val-masks, or make train/ and val/ in --images and --masks"
             )
     names, numbers = classes or args.classes, [value for value in range(255) if value not in args.ignore]
+    if not all(parts.values()):
+        raise UserError(f"--images {args.images}: a single image; give more, or --val-images and --val-masks")
     with ThreadPoolExecutor(common.usable_cores()) as pool:
         pairs = sum(parts.values(), []) if names is None else parts[split]
         values = set().union(*pool.map(values_of, pairs))
@@ -900,25 +916,29 @@ def segment_all(model, data, args, world, count=6):
         confusion: int64 (K, K) over all images, {index: uint8 (H, W)} of the first `count`; equal on all processes.
     """
     model.eval()
-    if (
-        world.size > 1
-    ):  # without SyncBN each process has its own running statistics: the first one's, which are saved, count
+    if world.size > 1:  # on CPUs each process has its own running statistics: the first one's, which are saved, count
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     images = TestImages(data, range(world.rank, len(data), world.size), args.resize)
     loader = torch.utils.data.DataLoader(
         images, batch_size=None, num_workers=args.workers, worker_init_fn=common.detach_worker
     )
-    total, found = np.zeros((len(data.classes),) * 2, np.int64), {}
+    total, found, skipped = np.zeros((len(data.classes),) * 2, np.int64), {}, 0
     for index, image, labels in common.progress(loader, len(images)) if world.rank == 0 else loader:
         if image is None:
             print(f"cannot be read, not counted: {data.name(index)} ({labels})", flush=True)
+            skipped += 1
             continue
         labels = np.asarray(labels)
         predicted = segment(model, image.to(world.device), labels.shape, args.crop, args.test)
         total += confusion(predicted, labels, len(data.classes))
         if index < count:
             found[index] = predicted
+    (skipped,) = common.agree(skipped)
+    if skipped > max(1, len(data) // 100):
+        raise UserError(
+            f"{skipped} of {len(data)} images to evaluate on cannot be read (more than 1 %): mend or remove them"
+        )
     if world.size == 1:
         return total, found
     summed, parts = torch.from_numpy(total), [None] * world.size
@@ -1227,7 +1247,7 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
             )  # fmt: skip
 
     # steps ------------------------------------------------------------------------------------------------------------
-    meter = common.Meter(args.batch_size)
+    meter, stop = common.Meter(args.batch_size), 0
     for pixels, labels, index, passed in meter.timed(loader):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, schedule["lr"], schedule["floor"], total)
@@ -1256,7 +1276,7 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
         if stop:
             print0(f"stopped by a signal and saved at step {step}; the same command continues")
             break
-    if step < total:
+    if step < total or stop:
         log.close()
         return None
 
@@ -1334,16 +1354,13 @@ def main(argv=None):
     world = common.start_processes()
     if args.demo and "amp" not in args.given and common.bf16_is_fast(world.device):
         args.amp = "bf16"
-    if args.batch_size % world.size:
-        raise UserError(f"--batch-size {args.batch_size}: must be divisible by the {world.size} processes")
-
     if args.eval_only or args.predict:
         state = common.load_checkpoint_file(args.resume or os.path.join(args.output_dir, "checkpoint.pth"))
         classes, palette = state["classes"], state["palette"].numpy()
-        model, _ = new_segmenter(args, args.seed, len(classes), world, state)
-        model.eval()
         if args.predict and world.size > 1:
             raise UserError("--predict is a job for one process: start it without torchrun")
+        model, _ = new_segmenter(args, args.seed, len(classes), world, state)
+        model.eval()
         if args.predict:
             predict(args, model, classes, palette, world)
             return
@@ -1356,9 +1373,11 @@ def main(argv=None):
                 json.dump(result, file)
         return
 
+    if args.batch_size % world.size:
+        raise UserError(f"--batch-size {args.batch_size}: must be divisible by the {world.size} processes")
     train = open_data(args, "train")
     data, results, stop_signal = (train, open_data(args, "val", train.classes)), [], common.StopSignal()
-    for seed in range(args.seed, args.seed + args.trials):  # AMBIGUOUS: G13. the papers say neither how many nor which
+    for seed in range(args.seed, args.seed + args.trials):  # AMBIGUOUS: G13. SetSim does not say; DenseCL: 5 for VOC
         folder = args.output_dir if args.trials == 1 else os.path.join(args.output_dir, f"seed{seed}")
         result = fine_tune(args, seed, folder, data, world, stop_signal)
         if result is None:
@@ -1367,7 +1386,7 @@ def main(argv=None):
         if world.rank == 0:  # as many lines as trials are finished, also after a kill
             with open(os.path.join(args.output_dir, "results.jsonl"), "w") as file:
                 file.writelines(json.dumps(one) + "\n" for one in results)
-    if args.trials > 1:
+    if args.trials > 1 and world.rank == 0:
         print0(f"{results[0]['protocol']}; weights {args.weights}; {len(results)} trials: {spread(results)}")
 
 

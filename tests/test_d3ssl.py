@@ -457,7 +457,7 @@ FIELDS = Drawn._fields
         ({"jitter": "none"}, {"boxes_1", "boxes_2", "keep_1", "keep_2", "shift", "mask_3"}),
         ({"boxes": 3}, {"boxes_1", "boxes_2", "keep_1", "keep_2", "shift", "mask_3", "found"}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else " ".join(sorted(value)),
 )
 def test_ablation_flags_change_what_they_name_and_nothing_else(flags, changed):
     before, after = batch_of(4), batch_of(4, **flags)

@@ -120,7 +120,8 @@ def test_each_methods_yardsticks_are_those_of_its_own_curves():
         name: figures.yardstick(name, of_resim) for name in ("loss", "loss_image", "loss_c4", "std_image", "std_c4")
     }
     assert found == {
-        "loss": None, "loss_image": "loss_chance", "loss_c4": "chance_c4", "std_image": "std_spread", "std_c4": "spread_c4",
+        "loss": None, "loss_image": "loss_chance", "loss_c4": "chance_c4", "std_image": "std_spread",
+        "std_c4": "spread_c4",
     }  # fmt: skip
     of_d3ssl = "loss loss_dc loss_dp loss_chance std std_spread shift".split()
     found = {name: figures.yardstick(name, of_d3ssl) for name in ("loss", "loss_dc", "loss_dp", "std", "shift")}

@@ -148,7 +148,7 @@ def logged(run):
 
 
 def yardstick(name, values):
-    """The name among `values` of what a value is to be compared with: a random guess, evenly drawn directions; or None."""
+    """The name among `values` of what a value is compared with (a random guess, evenly drawn directions), or None."""
     kind, _, part = name.partition("_")
     if kind in ("loss", "std"):
         own = f"{'chance' if kind == 'loss' else 'spread'}_{part}"
@@ -180,7 +180,7 @@ def draw_curves(args):
             axis.plot(*np.reshape(points, (-1, 2)).T, lw=1.4, marker=marker, label=args.names[place], **line_of(place))
             other = yardstick(name, values)
             if other and points:
-                style = line_of(place) | {"ls": (0, (4, 3)), "lw": 0.9}
+                style = line_of(place) | {"ls": (6 * place, (6, 6 * max(1, len(runs) - 1))), "lw": 0.9}  # in turn
                 axis.axhline(values[other][-1][1], label=f"{args.names[place]}: {other}", **style)
         axis.set_title(name + "".join(f" (dashed: {other})" for other in sorted(beside)), fontsize=9)
         axis.set_xlabel("step", fontsize=8)
@@ -198,7 +198,7 @@ def by_threshold(trial):
 
 
 def draw_ap(args):
-    """A row for each kind: AP over thresholds, mean and deviation (n - 1) of the trials; and the gain over the first run.
+    """A row for each kind: AP over thresholds, mean and deviation (n - 1) of the trials; gain over the first run.
 
     Errors:
         UserError: other protocols, whose numbers are not comparable; no such results.
@@ -380,7 +380,7 @@ class Segmentation:
 
 
 def fine_tuned(run, images):
-    """A run as Detection or Segmentation. images: a folder of one's own, or None. Errors: UserError, nothing of the kind."""
+    """A run as Detection or Segmentation. images: one's own folder, or None. Errors: UserError, neither of them."""
     path = file_of(run, "checkpoint.pth")
     state = common.load_checkpoint_file(path)
     kinds = {"transfer_det": Detection, "transfer_seg": Segmentation}
@@ -402,7 +402,7 @@ def draw_predictions(args):
     for name, task, run in zip(args.names, tasks, runs, strict=True):
         if (task, run.classes) != (tasks[0], runs[0].classes):
             raise UserError(
-                f"{args.names[0]} is a run of {tasks[0]}, {name} of {task}: give runs of one task and with the same classes"
+                f"{args.names[0]} is a run of {tasks[0]}, {name} of {task}: give runs of one task with the same classes"
             )
     kind, columns = runs[0], []
     if args.images:
