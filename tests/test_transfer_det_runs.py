@@ -313,9 +313,9 @@ def test_trials_have_their_own_seeds_and_a_mean(finished, tmp_path):
     mean = np.mean([r["box"]["AP50"] for r in results])
     assert "2 trials: box AP" in text and f"box AP50 {mean:.2f} +- " in text
     assert text.splitlines()[-1].startswith("scenes, Mask and Keypoint R-CNN")
-    assert "finished" in run("transfer_det.py", *TINY, "--output-dir", folder, "--trials", "2")
 
 
+@pytest.mark.slow
 def test_predict_wants_one_process(finished):
     folder, _ = finished
     assert "--predict is a job for one process" in run(
@@ -511,6 +511,17 @@ def test_bad_input_gets_one_clear_line(flags, tmp_path):
 def test_the_exit_code_is_2(tmp_path):
     text = run("transfer_det.py", "--task", "voc", "--data", tmp_path, "--output-dir", tmp_path / "out", expect=2)
     assert text.strip().count("\n") == 0 and text.startswith("transfer_det.py: error: ")
+
+
+def test_what_was_not_trained_is_not_evaluated(finished, tmp_path):
+    folder, _ = finished
+    for flags in ("--model c4", "--lr 5", "--arch resnet50", "--task voc --data x"):
+        with pytest.raises(common.UserError, match="was made with another"):
+            det.main(["--eval-only", *flags.split(), "--output-dir", str(folder)])
+    with pytest.raises(common.UserError, match="two jobs"):
+        det.main(["--eval-only", "--predict", str(tmp_path), "--output-dir", str(folder)])
+    with pytest.raises(common.UserError, match="--resume goes with one trial"):
+        det.main([*TINY, "--trials", "2", "--resume", str(folder / "checkpoint.pth"), "--output-dir", str(tmp_path)])
 
 
 def test_another_methods_checkpoint_is_refused(finished, tmp_path):

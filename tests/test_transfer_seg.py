@@ -1018,7 +1018,7 @@ def test_another_set_is_evaluated_without_the_training_data(own, capsys):
     write_mask(own / "new masks" / "photo0.png", squares(0, 1, 3))
     with pytest.raises(common.UserError, match=r"\[3\] beyond the 3 classes"):
         seg.main([*other, *new])
-    with pytest.raises(common.UserError, match="has no meaning for --task scenes"):
+    with pytest.raises(common.UserError, match="--task scenes: the segmenter in .* was made with another"):
         seg.main([*other, "--task", "scenes"])
 
 
