@@ -72,6 +72,8 @@ def get_args(argv=None):
     flag("--seed", default=0, type=int, help="of the objects, the scenes and random backbones")
     # fmt: on
     args = parser.parse_args(argv)
+    if args.pair_size % 16:
+        raise UserError(f"--pair-size {args.pair_size}: must be a multiple of 16, so that the canvas is one of 32")
     common.check_range(args, count=(1, None), pair_size=(32, None), grid_size=(32, None), seed=(0, None))
     if args.grid_size % 32:
         raise UserError(
@@ -85,7 +87,7 @@ def parse_weights(words):
     found = {}
     for word in words:
         name, equals, source = word.partition("=")
-        if not equals:
+        if not equals or os.path.exists(word):
             name, source = os.path.splitext(os.path.basename(word))[0], word
         if not name or not source:
             raise UserError(f"--weights {word}: write NAME=FILE")
@@ -274,7 +276,8 @@ def statistics(values):
     for stage, column in zip(STAGES, values.double().T, strict=True):
         column = column[column.isfinite()]
         error = (column.std() / len(column) ** 0.5).item() if len(column) > 1 else 0.0
-        result[stage] = {"mean": column.mean().item(), "error": error, "count": len(column)}
+        mean = column.mean().item() if len(column) else None
+        result[stage] = {"mean": mean, "error": error, "count": len(column)}
     return result
 
 

@@ -176,8 +176,9 @@ def evaluate(trunk, fc, loader, bad, world, stop_signal):
     for x, labels, index, passed in progress(loader, len(loader), "test") if world.rank == 0 else loader:
         with torch.no_grad():
             logits = fc(features(trunk, x.to(world.device)))
-        right += hits(logits, labels.to(world.device)).sum(0).cpu()
-        count += len(labels)
+        own = passed == 0  # an image in the place of an unreadable one would count twice
+        right += hits(logits, labels.to(world.device)).cpu()[own].sum(0)
+        count += int(own.sum())
         bad.note(index, passed)
         if stop_signal.arrived:
             break

@@ -171,14 +171,19 @@ def all_features(trunk, variants, where, workers, device, title):
     """
     bad = common.BadImages(variants.objects)
     loader = torch.utils.data.DataLoader(
-        variants, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"
+        variants,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=common.detach_worker,
+        pin_memory=device.type == "cuda",
     )
     for x, boxes, labels, index, passed in progress(loader, len(variants), title):
         if passed:
             bad.note(torch.tensor([index]), torch.tensor([passed]))
             bad.share()
-        if len(labels):
-            yield object_features(trunk, x.to(device), boxes.to(device), where), labels.to(device)
+        if len(labels) and not passed:  # a stand-in would be counted twice
+            features = object_features(trunk, x.to(device), boxes.to(device), where)
+            yield features, labels.to(device, copy=True)  # a worker's own tensor would hold a file open
 
 
 def in_parts(features, size):
@@ -229,7 +234,7 @@ def vote(similarity, labels, classes, temperature):
         (Q, classes) scores, each query's relative to its nearest neighbour's weight (which changes no ranking); 0 where
         no neighbour has the class.
     """
-    weights = ((similarity - similarity.amax(1, keepdim=True)) / temperature).exp()
+    weights = ((similarity.double() - similarity.amax(1, keepdim=True)) / temperature).exp()
     return weights.new_zeros(len(weights), classes).scatter_add_(1, labels, weights)
 
 
@@ -303,10 +308,11 @@ def main(argv=None):
         raise UserError(f"--train {args.train}: no object of {SMALLEST} pixels a side at --size {args.size}")
 
     # results ------------------------------------------------------------------------------------------------------------
+    truth, seen = truth.cpu(), seen.cpu()
     results = {"queries": len(truth), "bank": seen.sum().item()}
     results["majority"] = 100 * (truth == seen.argmax()).double().mean().item()
     for title, found in zip(NAMES, best, strict=True):
-        scores = vote(*found, classes, args.temperature)
+        scores = vote(*(part.cpu() for part in found), classes, args.temperature)  # a GPU adds up in any order
         results[title] = {f"top{n}": 100 * top(scores, truth, n).double().mean().item() for n in (1, 5)}
         print(f"{title}: top-1 {results[title]['top1']:.2f} top-5 {results[title]['top5']:.2f}")
     print(

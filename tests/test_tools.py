@@ -766,3 +766,24 @@ def test_flags_are_used_and_explained(tool, capsys):
     assert len(flags) in (4, 7)
     for name in flags:
         assert f"args.{name.removeprefix('--')}" in main, name
+
+
+@pytest.mark.parametrize("layout", ["detector", "soco", "resim-bn"])
+def test_pyramids_with_norms_keep_them(layout):
+    fpn = torchvision.ops.FeaturePyramidNetwork([64, 128, 256, 512], 256, norm_layer=torch.nn.BatchNorm2d)
+    state = {}
+    for name, tensor in fpn.state_dict().items():
+        block, level, layer, kind = name.split(".")
+        lateral = block == "inner_blocks"
+        state[{
+            "detector": f"backbone.fpn.{name}",
+            "soco": f"module.neck.{'lateral' if lateral else 'fpn'}_convs.{level}.{'bn' if layer == '1' else 'conv'}.{kind}",
+            "resim-bn": f"module.encoder_q.fpn_{'lateral' if lateral else 'output'}{int(level) + 2}.{layer}.{kind}",
+        }[layout]] = tensor  # fmt: skip
+    found = to_detectron2.pyramid(state)
+    norms = ["norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"]
+    assert len(found) == 8 * (1 + len(norms))
+    assert torch.equal(found["fpn_lateral4.weight"], fpn.inner_blocks[2][0].weight)
+    for kind in norms:
+        assert torch.equal(found[f"fpn_output3.{kind}"], fpn.state_dict()[f"layer_blocks.1.1.{kind.split('.')[1]}"])
+    to_detectron2.check_pyramid(found, [64, 128, 256, 512], "file")

@@ -386,7 +386,7 @@ def fine_tuned(run, images):
     kinds = {"transfer_det": Detection, "transfer_seg": Segmentation}
     if not isinstance(state, dict) or state.get("script") not in kinds:
         raise UserError(f"{path}: not a checkpoint of transfer_det.py or transfer_seg.py")
-    del state["optimizer"]  # as large as the model
+    state.pop("optimizer", None)  # as large as the model
     return kinds[state["script"]](["--output-dir", run, *(["--predict", images] if images else ["--eval-only"])], state)
 
 

@@ -12,7 +12,7 @@ Read is whatever `common.load_backbone` reads. Written is detectron2's pickle: {
     convK, bnK                convK, convK.norm
     downsample.0, .1          shortcut, shortcut.norm
     laterals of C2 .. C5      fpn_lateral2 .. fpn_lateral5
-    outputs of P2 .. P5       fpn_output2 .. fpn_output5
+    outputs of P2 .. P5       fpn_output2 .. fpn_output5, their norms fpn_output2.norm, ...
 Running statistics are kept. The classifier, projectors, predictors, queues, the key network and the batch counters
 (num_batches_tracked) are left out. Biases of a pyramid find no place in a detector whose pyramid has norms
 (MODEL.FPN.NORM), and detectron2 then says so.
@@ -39,14 +39,30 @@ import common
 from common import UserError
 
 PYRAMID = 256  # channels of a pyramid, detectron2's MODEL.FPN.OUT_CHANNELS
-# What the files call the convolutions of level {number + offset}, and what detectron2 does.
+# What the files call the convolutions and norms of level {number + offset}, and what detectron2 does.
 CONVOLUTIONS = (
-    (r"module\.encoder_q\.fpn_lateral([2-5])\.(weight|bias)", 0, "fpn_lateral"),  # released ReSim
-    (r"module\.encoder_q\.fpn_output([2-5])\.(weight|bias)", 0, "fpn_output"),
+    (r"module\.encoder_q\.fpn_lateral([2-5])(?:\.0)?\.(weight|bias)", 0, "fpn_lateral"),  # released ReSim, --fpn-bn too
+    (r"module\.encoder_q\.fpn_output([2-5])(?:\.0)?\.(weight|bias)", 0, "fpn_output"),
+    (r"module\.encoder_q\.fpn_lateral([2-5])\.1\.(weight|bias|running_mean|running_var)", 0, "norm of fpn_lateral"),
+    (r"module\.encoder_q\.fpn_output([2-5])\.1\.(weight|bias|running_mean|running_var)", 0, "norm of fpn_output"),
+    (r"(?:module\.)?neck\.lateral_convs\.([0-3])\.conv\.(weight|bias)", 2, "fpn_lateral"),  # released SoCo
+    (r"(?:module\.)?neck\.fpn_convs\.([0-3])\.conv\.(weight|bias)", 2, "fpn_output"),
+    (
+        r"(?:module\.)?neck\.lateral_convs\.([0-3])\.bn\.(weight|bias|running_mean|running_var)",
+        2,
+        "norm of fpn_lateral",
+    ),
+    (r"(?:module\.)?neck\.fpn_convs\.([0-3])\.bn\.(weight|bias|running_mean|running_var)", 2, "norm of fpn_output"),
+    (
+        r"backbone\.fpn\.inner_blocks\.([0-3])\.1\.(weight|bias|running_mean|running_var)",
+        2,
+        "norm of fpn_lateral",
+    ),  # detector.pth
+    (r"backbone\.fpn\.layer_blocks\.([0-3])\.1\.(weight|bias|running_mean|running_var)", 2, "norm of fpn_output"),
     (r"query\.pyramid\.laterals\.c([2-5])\.(weight|bias)", 0, "fpn_lateral"),  # checkpoint.pth of resim.py
     (r"query\.region_heads\.p([2-5])\.(weight|bias)", 0, "fpn_output"),  # where a head is such, --preset official
-    (r"inner_blocks\.([0-3])\.0\.(weight|bias)", 2, "fpn_lateral"),  # fpn.pth of resim.py
-    (r"layer_blocks\.([0-3])\.0\.(weight|bias)", 2, "fpn_output"),
+    (r"(?:backbone\.fpn\.)?inner_blocks\.([0-3])\.0\.(weight|bias)", 2, "fpn_lateral"),  # fpn.pth of resim.py
+    (r"(?:backbone\.fpn\.)?layer_blocks\.([0-3])\.0\.(weight|bias)", 2, "fpn_output"),
 )
 
 
@@ -75,13 +91,15 @@ def detectron2_name(name):
 
 
 def pyramid(state):
-    """The convolutions of a feature pyramid among named tensors: {detectron2's name: tensor}, {} if there are none."""
+    """The convolutions (and norms) of a feature pyramid among named tensors: {detectron2's name: tensor}, {} if there are none."""
     found = {}
     for pattern, offset, theirs in CONVOLUTIONS:
         for name, tensor in state.items():
             match = re.fullmatch(pattern, str(name))
             if match and isinstance(tensor, torch.Tensor):
-                found[f"{theirs}{int(match[1]) + offset}.{match[2]}"] = tensor
+                layer = theirs.removeprefix("norm of ")
+                kind = match[2] if layer == theirs else f"norm.{match[2]}"
+                found[f"{layer}{int(match[1]) + offset}.{kind}"] = tensor
     return found
 
 
@@ -94,7 +112,7 @@ def check_pyramid(found, widths, source):
     for name, tensor in found.items():
         level = int(re.search(r"\d", name)[0])
         inputs = [widths[level - 2], 1, 1] if name.startswith("fpn_lateral") else [PYRAMID, 3, 3]
-        wanted = [PYRAMID] if name.endswith("bias") else [PYRAMID, *inputs]
+        wanted = [PYRAMID] if name.endswith("bias") or ".norm." in name else [PYRAMID, *inputs]
         if list(tensor.shape) != wanted:
             raise UserError(
                 f"{source}: {name} is {tuple(tensor.shape)}, wanted {tuple(wanted)}: check --arch and --fpn"
@@ -110,7 +128,7 @@ def read_pyramid(source, widths):
         UserError: not a checkpoint; see check_pyramid.
     """
     state = common.load_checkpoint_file(source)
-    for container in ("state_dict", "model"):
+    for container in ("state_dict", "model", "model_ema"):
         if isinstance(state, dict) and isinstance(state.get(container), dict):
             state = state[container]
     found = pyramid(state) if isinstance(state, dict) else {}
