@@ -668,18 +668,18 @@ def bf16_is_fast(device):
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-def save_atomically(value, path):
-    """torch.save to a temporary file beside `path`, synced and renamed: a kill at any instant leaves old or new.
+def write_atomically(path, pieces):
+    """Write bytes to a temporary file beside `path`, synced and renamed: a kill at any instant leaves old or new.
 
+    Args:
+        pieces: iterable of bytes.
     Errors:
-        UserError: no space; the temporary file is removed, the old file is intact.
+        UserError: no space, no permission; the temporary file is removed, the old file is intact.
     """
     temporary = f"{path}.tmp"
     try:
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -692,7 +692,14 @@ def save_atomically(value, path):
             os.remove(temporary)
         if is_disk_full(error):
             raise UserError(disk_full_line(path)) from None
-        raise
+        raise UserError(f"{path}: {error.strerror}: give a file that can be written") from None
+
+
+def save_atomically(value, path):
+    """torch.save by `write_atomically`."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_atomically(path, [buffer.getbuffer()])
 
 
 def make_output_dir(folder):

@@ -297,6 +297,22 @@ def test_d3ssls_main_differs_in_these_lines_alone():
     assert len(gone) == 12, gone
 
 
+@pytest.mark.parametrize("name", "SCENE DEMO MOMENTUM FORGOTTEN COLOURS to_tensor".split())
+def test_blocks_of_both_transfer_scripts_are_equal(name):
+    assert definition("transfer_det.py", name) == definition("transfer_seg.py", name)
+
+
+@pytest.mark.parametrize("name, lines", {"remembered": 4, "main": 17, "fine_tune": 48}.items())
+def test_transfer_scripts_differ_where_they_have_to(name, lines):
+    """Both do a run in the same way: a change in one of them that should be in the other shows as more lines."""
+    sources = []
+    for script in TRANSFERS:
+        (node,) = (node for node in ast.parse(SOURCES[ROOT / script]).body if getattr(node, "name", None) == name)
+        node.body = node.body[1:] if ast.get_docstring(node) else node.body
+        sources.append(ast.unparse(node).splitlines())
+    assert sum(line[0] in "+-" for line in difflib.ndiff(*sources)) == lines
+
+
 @pytest.mark.parametrize("script", [*METHODS, *TRANSFERS])
 def test_no_dead_flags(script):
     """Every flag is read somewhere after parsing (in the script, not only in its checks)."""

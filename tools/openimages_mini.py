@@ -239,8 +239,9 @@ def parse_rows(rows, columns, width, classes):
         raise ValueError("ImageID")
     corners = np.array([list(map(float, edge)) for edge in edges], np.float32).T  # (n, 4)
     low, high = corners[:, :2], corners[:, 2:]
-    if not ((low >= 0) & (low <= high) & (high <= 1)).all():
+    if not ((low >= -0.01) & (low <= high) & (high <= 1.01)).all():
         raise ValueError("box")
+    corners = corners.clip(0, 1)  # a box may reach a rounding error beyond the image
     categories = np.array([classes.get(label, -1) for label in labels], np.int16)
     return np.frombuffer(data, ">u8").astype(np.uint64), categories, corners, np.array(group) == "1"
 
@@ -400,27 +401,6 @@ def statistics(image, category, images):
 # ======================================================================================================================
 
 
-def write_atomically(path, pieces):
-    """Write bytes to a temporary file beside `path`, synced and renamed: a kill at any instant leaves old or new.
-
-    Errors:
-        UserError: no space, no permission; the temporary file is removed, the old file is intact.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        if common.is_disk_full(error):
-            raise UserError(common.disk_full_line(path)) from None
-        raise UserError(f"{path}: {error.strerror}: give a file that can be written") from None
-
-
 def image_sizes(folder, names):
     """Width and height of FOLDER/NAME as `common.read_image` turns it, from the headers: (n, 2) list.
 
@@ -527,7 +507,7 @@ def main(argv=None):
         with opened(f"{args.out}.txt", "another --out") as file:
             if file.read() != text:
                 raise UserError(f"{args.out}.txt: another list is there: move it away or give another --out")
-    write_atomically(f"{args.out}.txt", [text.encode()])
+    common.write_atomically(f"{args.out}.txt", [text.encode()])
     inside = np.isin(boxes.image, taken)
     rows = {
         "sample": statistics(boxes.image[inside], boxes.category[inside], len(taken)),
@@ -539,7 +519,7 @@ def main(argv=None):
               "list, then run the same command with --images DIR", flush=True)  # fmt: skip
         return
     files = [f"{name}.jpg" for name in ids]
-    write_atomically(f"{args.out}.json", coco_json(boxes, names, taken, files, image_sizes(args.images, files)))
+    common.write_atomically(f"{args.out}.json", coco_json(boxes, names, taken, files, image_sizes(args.images, files)))
     print(f"{args.out}.txt and {args.out}.json written", flush=True)
 
 

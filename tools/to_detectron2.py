@@ -26,7 +26,6 @@ author wanted, so there is no way back from one here.
 """
 
 import argparse
-import contextlib
 import io
 import os
 import pickle
@@ -155,27 +154,6 @@ def to_pickle(tensors):
     return buffer.getvalue()
 
 
-def write_atomically(path, pieces):
-    """Write bytes to a temporary file beside `path`, synced and renamed: a kill at any instant leaves old or new.
-
-    Errors:
-        UserError: no space, no permission; the temporary file is removed, the old file is intact.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        if common.is_disk_full(error):
-            raise UserError(common.disk_full_line(path)) from None
-        raise UserError(f"{path}: {error.strerror}: give a file that can be written") from None
-
-
 def main(argv=None):
     args = get_args(argv)
     state, line = common.load_backbone(args.file, args.arch)
@@ -191,7 +169,10 @@ def main(argv=None):
         raise UserError(f"--fpn {args.fpn}: no convolutions of a pyramid in it: give fpn.pth of resim.py")
     modules = sorted({name.split(".")[0] for name in fpn})
     print(f"pyramid: {len(fpn)} tensors from {source}: {' '.join(modules)}" if fpn else "pyramid: none", flush=True)
-    write_atomically(args.out, [to_pickle(backbone | fpn)])
+    beside = os.path.join(os.path.dirname(args.file), "fpn.pth")
+    if not fpn and os.path.exists(beside):
+        print(f"{beside} is there and was not taken: add --fpn {beside}", flush=True)
+    common.write_atomically(args.out, [to_pickle(backbone | fpn)])
     print(
         f"{args.out}: {len(backbone) + len(fpn)} tensors; left out: {len(state) - len(backbone)} batch counters, and all "
         "that is neither backbone nor pyramid. Set INPUT.FORMAT RGB, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and "
