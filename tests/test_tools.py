@@ -366,7 +366,7 @@ GOOD = "0123456789abcdef,xclick,/m/00,1,0.1,0.2,0.3,0.4,0,0,0,0,0"
         GOOD.replace("0.2", "half"),
         GOOD.replace("0.2", ""),
         GOOD.replace("0.2", "nan"),
-        GOOD.replace("0.2", "1.01"),
+        GOOD.replace("0.2", "1.02"),
         GOOD.replace("0.3", "-0.3"),
         GOOD.replace("0.1", "0.21"),  # XMin > XMax
         GOOD.replace("0.3", "0.41"),
