@@ -5,7 +5,7 @@
     randomness     key_seed, generator, drawing: every draw is a function of a key, no state is kept
     images         read_image, ImageFolder, Scenes, Batches: from a folder to (epoch, index) pairs
     networks       ResNetTrunk, Queue, momentum_update, load_backbone
-    training       cosine_lr, Checkpoints, RunLog, draw_curves, run_main
+    training       cosine_lr, Checkpoints, RunLog, progress, draw_curves, run_main
 
 Every function takes what it needs as arguments and works without a process group (a world of one), so that it can be
 copied into other code on its own.
@@ -901,25 +901,52 @@ def read_log(path):
     return lines
 
 
-def progress(items, total, done=0):
-    """Yield from images or their results; meanwhile a bar on a terminal (if tqdm is there), else a line every ten seconds."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        tqdm = None
-    if tqdm is not None and sys.stderr.isatty():
-        yield from tqdm(items, initial=done, total=total, unit="image", dynamic_ncols=True)
-        return
+def progress(items, total, done=0, what="images", size=lambda item: 1):
+    """Yield the items; meanwhile one bar on a terminal (if tqdm is there), elsewhere a line every ten seconds.
+
+    Args:
+        total: what the sizes of all items add up to, those that were done before (`done`) included. what: the unit.
+        size: of an item.
+    """
+    bar = contextlib.nullcontext()
+    if sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
+
+            bar = tqdm(initial=done, total=total, unit=f" {what}", dynamic_ncols=True)
     first, started, said = done, time.time(), time.time()
-    for item in items:
-        yield item
-        done += 1
-        if time.time() - said >= 10:
-            said = time.time()
-            pace = (done - first) / (said - started)
-            left = int((total - done) / pace)
-            eta = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-            print(f"{done}/{total} images, {pace:.1f} images/s, eta {eta}", flush=True)
+    with bar as shown:
+        for item in items:
+            yield item
+            done += size(item)
+            if shown is not None:
+                shown.update(done - shown.n)
+            elif time.time() - said >= 10:
+                said = time.time()
+                pace = max(done - first, 1e-9) / (said - started)
+                left = int((total - done) / pace)
+                eta = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+                print(f"{done:.0f}/{total:.0f} {what}, {pace:.1f} a second, eta {eta}", flush=True)
+
+
+def pyplot():
+    """matplotlib's pyplot, which draws to files alone. Errors: UserError, it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("matplotlib is needed to draw: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_figure(figure, path, dpi):
+    """Write a matplotlib figure to a PNG file by `write_atomically`, and close it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    pyplot().close(figure)
+    write_atomically(path, [buffer.getvalue()])
 
 
 def draw_curves(folder, panels):
@@ -928,17 +955,14 @@ def draw_curves(folder, panels):
     A name that starts with "=" is drawn as a dashed line: a value to compare with. Does nothing without matplotlib.
     """
     try:
-        import matplotlib
-    except ImportError:
+        plt = pyplot()
+    except UserError:
         print0("matplotlib is not installed: no curves.png")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     lines = [line for line in read_log(os.path.join(folder, "log.jsonl")) if "loss" in line]
     if not lines:
         return
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:
             key = name.removeprefix("=")
@@ -947,5 +971,4 @@ def draw_curves(folder, panels):
                 axis.plot(*zip(*points, strict=True), "k--" if name != key else "-", lw=1.2, label=key)
                 axis.legend(fontsize=7)
         axis.set(title=title, xlabel="step")
-    figure.savefig(os.path.join(folder, "curves.png"), dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, os.path.join(folder, "curves.png"), dpi=110)

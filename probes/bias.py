@@ -11,7 +11,7 @@ and 7. Canvases are put together from annotated objects; each stage of a frozen 
 
     N canvases    s, g side of an object's square in pixels    C channels of a stage    H, W a map's sides
 
-    python -m probes.bias --data /coco --weights ours=runs/d3ssl/resnet50.pth random=random      Figures 3b and 4b
+    python -m probes.bias --data /coco --weights ours=runs/d3ssl/resnet50.pth moco=moco.pth      Figures 3b and 4b
     python -m probes.bias --data scenes --arch resnet18 --weights FILE                           nothing to download
 
 DATA/annotations/instances_SPLIT.json and DATA/SPLIT/ are COCO's layout; masks are used where there are any. OUTPUT_DIR
@@ -25,6 +25,7 @@ import argparse
 import math
 import os
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -38,11 +39,10 @@ from probes.frozen import (
     CocoObjects,
     SceneObjects,
     frozen_trunk,
+    header,
     one_process,
-    progress,
     readable,
     scene_count,
-    typed,
     write_results,
 )
 
@@ -60,7 +60,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m probes.bias", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--data", required=True, metavar="DIR", help="folder with annotations/instances_SPLIT.json and SPLIT/, as COCO has them; or 'scenes[:COUNT]'")
-    flag("--weights", required=True, nargs="+", metavar="NAME=FILE", help="backbones to be compared, each any checkpoint with a ResNet in it, 'imagenet' or 'random'; a FILE without NAME is called by its own")
+    flag("--weights", required=True, nargs="+", metavar="NAME=FILE", help="backbones to be compared, each any checkpoint with a ResNet in it, 'imagenet' or 'random' (which is added if it is not there); a FILE without NAME is called by its own")
     flag("--output-dir", default="runs/bias", help="results.json and pictures go there")
     flag("--split", default="val2017", help="whose objects are used")
     flag("--arch", default="resnet50", choices=common.ARCHS, help="torchvision ResNet that the weights belong to, all of them")
@@ -271,13 +271,17 @@ def measure(trunk, beside, alone, grid):
 
 
 def statistics(values):
-    """(N, stages) -> {stage: {"mean", "error": standard error of the mean, "count"}} over what is finite."""
+    """(N, stages) -> {stage: {"mean", "error": standard error of the mean, "count"}} over what is finite.
+
+    The mean of no value, and the error of one, are None.
+    """
     result = {}
     for stage, column in zip(STAGES, values.double().T, strict=True):
         column = column[column.isfinite()]
-        error = (column.std() / len(column) ** 0.5).item() if len(column) > 1 else 0.0
-        mean = column.mean().item() if len(column) else None
-        result[stage] = {"mean": mean, "error": error, "count": len(column)}
+        count = len(column)
+        mean = column.mean().item() if count else None
+        error = column.std().item() / count**0.5 if count > 1 else None
+        result[stage] = {"mean": mean, "error": error, "count": count}
     return result
 
 
@@ -288,23 +292,22 @@ def statistics(values):
 
 def draw_plots(path, results):
     """PAPER: Figures 3b and 4b, side by side: CR and MCS by stage, a line for each backbone, two standard errors as bars."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = common.pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, kind, title in zip(axes, KINDS, ("coupling rate", "mean cosine similarity"), strict=True):
         for name, result in results.items():
-            means, errors = ([result[kind][stage][value] for stage in STAGES] for value in ("mean", "error"))
-            axis.errorbar(
-                STAGES, means, [2 * error for error in errors], marker="o", ms=4, lw=1.4, capsize=3, label=name
-            )
+            values = [(result[kind][stage]["mean"], result[kind][stage]["error"]) for stage in STAGES]
+            means, errors = np.array(values, float).T  # None becomes nan, which is not drawn
+            axis.errorbar(STAGES, means, 2 * errors, marker="o", ms=4, lw=1.4, capsize=3, label=name)
         axis.axhline(1, color="k", ls="--", lw=0.8)
         axis.set(title=title, xlabel="stage")
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    common.save_figure(figure, path, dpi=120)
 
 
 def draw_canvases(path, rows):
     """PAPER: Figures 3a and 4a. Args: {title: (n, 3, side, side) uint8}, a row of pictures each."""
     count = max(map(len, rows.values()))
-    figure, axes = pyplot().subplots(
+    figure, axes = common.pyplot().subplots(
         len(rows), count, figsize=(2 * count, 2.25 * len(rows)), layout="constrained", squeeze=False
     )
     for line, (title, canvases) in zip(axes, rows.items(), strict=True):
@@ -313,19 +316,7 @@ def draw_canvases(path, rows):
         for axis, canvas in zip(line, canvases, strict=False):
             axis.imshow(canvas.permute(1, 2, 0).numpy())
         line[0].set_title(title, loc="left", fontsize=10)
-    figure.savefig(path, dpi=100)
-
-
-def pyplot():
-    """matplotlib's pyplot, which draws to files alone. Errors: UserError, it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("the plots need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
+    common.save_figure(figure, path, dpi=100)
 
 
 # ======================================================================================================================
@@ -337,17 +328,20 @@ def main(argv=None):
     args = get_args(argv)
     device = one_process()
     common.make_output_dir(args.output_dir)
-    pyplot()  # to miss it now and not after the work
+    common.pyplot()  # to miss it now and not after the work
     count = scene_count(args.data)
     objects = SceneObjects(HELD_OUT, count, SCENE, args.seed) if count else CocoObjects(args.data, args.split, True)
     trunks = {}
-    for name, source in parse_weights(args.weights).items():
+    weights = parse_weights(args.weights)
+    if "random" not in weights.values():
+        weights.setdefault("random", "random")  # PAPER: section 3.2 sets the others against random initialisation
+    for name, source in weights.items():
         trunks[name], _, line = frozen_trunk(source, args.arch, args.seed, device)
         print(f"{name}: {line}", flush=True)
     canvases = Canvases(objects, args.pair_size, args.grid_size, args.cut, args.seed)
 
     found = {name: [] for name in trunks}
-    for first in progress(range(0, args.count, BATCH), -(-args.count // BATCH), "batches"):
+    for first in common.progress(range(0, args.count, BATCH), -(-args.count // BATCH), what="batches"):
         batch = [canvases[i] for i in range(first, min(first + BATCH, args.count))]
         beside, alone, grid = map(torch.stack, zip(*batch, strict=True))
         if first == 0:
@@ -362,12 +356,12 @@ def main(argv=None):
     for name, parts in found.items():
         results[name] = {kind: statistics(values) for kind, values in zip(KINDS, torch.cat(parts, 1), strict=True)}
         for kind, stages in results[name].items():
-            line = "  ".join(f"{stage} {value['mean']:.3f} +- {value['error']:.3f}" for stage, value in stages.items())
+            values = {stage: np.array([value["mean"], value["error"]], float) for stage, value in stages.items()}
+            line = "  ".join("{} {:.3f} +- {:.3f}".format(stage, *pair) for stage, pair in values.items())
             print(f"{kind:3} {line}  {name}")
     print(f"means and their standard errors over {args.count} canvases")
     draw_plots(os.path.join(args.output_dir, "bias.png"), results)
-    header = {"command": typed("probes.bias", argv), "versions": common.versions(), "settings": vars(args)}
-    write_results(os.path.join(args.output_dir, "results.json"), header | {"results": results})
+    write_results(args.output_dir, header("probes.bias", argv, vars(args)) | {"results": results})
     print(f"{args.output_dir}: {', '.join(sorted(os.listdir(args.output_dir)))}")
 
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What the three probes share: a network that no longer learns, annotated objects to try it on, progress, results."""
+"""What the three probes share: a network that no longer learns, annotated objects to try it on, results."""
 
 import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,6 +52,12 @@ def frozen_trunk(weights, arch, seed, device):
 # ======================================================================================================================
 
 
+# What is read of a COCO-format file; train2017's outlines alone would take gigabytes as Python objects.
+KEPT = frozenset(
+    "images annotations id width height file_name image_id category_id bbox iscrowd segmentation counts size".split()
+)
+
+
 class Annotated(NamedTuple):
     """An image and its objects."""
 
@@ -81,9 +86,10 @@ class CocoObjects:
         for place in (path, self.folder):
             if not os.path.exists(place):
                 raise UserError(f"{place}: no such file or folder; {wanted}, or give --data scenes")
+        kept = KEPT if masks else KEPT - {"segmentation"}
         try:
             with open(path) as file:
-                content = json.load(file)
+                content = json.load(file, object_hook=lambda entry: {k: entry[k] for k in entry.keys() & kept})
             images = sorted(content["images"], key=lambda entry: entry["id"])
             row_of = {entry["id"]: row for row, entry in enumerate(images)}
             sizes = np.array([(entry["width"], entry["height"]) for entry in images], np.float32).reshape(-1, 2)
@@ -177,36 +183,20 @@ def readable(objects, index):
 
 
 # ======================================================================================================================
-# Progress and results
+# Results
 # ======================================================================================================================
 
 
-def progress(items, total, title):
-    """Hand the items on, and say how far it is: one bar on a terminal, elsewhere a line every ten seconds."""
-    if sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
+def header(module, argv, settings):
+    """What tells how results came about: the command line, as it would be typed, the versions, the settings.
 
-            yield from tqdm(items, title, total, dynamic_ncols=True)
-            return
-        except ImportError:
-            pass
-    started = said = time.time()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.time()
-        if now - said > 10:
-            left, said = int((now - started) / done * (total - done)), now
-            print(f"{title}: {done}/{total} eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
+    Args:
+        argv: as `main` was given it, None for the interpreter's.
+    """
+    command = shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
+    return {"command": command, "versions": common.versions(), "settings": settings}
 
 
-def typed(module, argv):
-    """This run's command line, as it would be typed. Args: argv: as `main` was given it, None for the interpreter's."""
-    return shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
-
-
-def write_results(path, results):
-    """Write plain values as JSON, to a temporary file that is renamed: the old one or the new one is there, never a part."""
-    with open(f"{path}.tmp", "w") as file:
-        file.write(json.dumps(results, indent=1) + "\n")
-    os.replace(f"{path}.tmp", path)
+def write_results(folder, results):
+    """`results.json` of plain values."""
+    common.write_atomically(os.path.join(folder, "results.json"), [(json.dumps(results, indent=1) + "\n").encode()])

@@ -40,11 +40,10 @@ from probes.frozen import (
     CocoObjects,
     SceneObjects,
     frozen_trunk,
+    header,
     one_process,
-    progress,
     readable,
     scene_count,
-    typed,
     write_results,
 )
 
@@ -177,7 +176,7 @@ def all_features(trunk, variants, where, workers, device, title):
         worker_init_fn=common.detach_worker,
         pin_memory=device.type == "cuda",
     )
-    for x, boxes, labels, index, passed in progress(loader, len(variants), title):
+    for x, boxes, labels, index, passed in common.progress(loader, len(variants), what=f"images of the {title}"):
         if passed:
             bad.note(torch.tensor([index]), torch.tensor([passed]))
             bad.share()
@@ -319,11 +318,8 @@ def main(argv=None):
         f"{results['queries']} queries, {results['bank']} objects in the bank; always its most frequent class: top-1 "
         f"{results['majority']:.2f}"
     )
-    path = os.path.join(args.output_dir, "results.json")
-    write_results(
-        path, {"command": typed("probes.oknn", argv), "versions": common.versions(), "settings": vars(args), **results}
-    )
-    print(path)
+    write_results(args.output_dir, header("probes.oknn", argv, vars(args)) | results)
+    print(os.path.join(args.output_dir, "results.json"))
 
 
 if __name__ == "__main__":

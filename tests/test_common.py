@@ -1,11 +1,13 @@
 """common.py: images, queues, groups, processes, checkpoints and the loader of anybody's weights."""
 
 import argparse
+import errno
 import json
 import math
 import os
 import pathlib
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -552,3 +554,37 @@ def test_one_process_equals_two(number, one_and_two_processes):
     assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])  # ranks agree bitwise
     keys, queue = (4, "bank") if script == "d3ssl" else (2 if "symmetric" in flags else 1, "image_queue")
     assert one[0][f"{queue}.pointer"].item() == 2 * keys * 16 % 24
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# progress and pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_progress_without_a_terminal_is_a_line_every_ten_seconds(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 6))  # seconds; twice looked at in each line, once without
+    monkeypatch.setattr(common.time, "time", lambda: next(clock))
+    assert list(common.progress("abcdef", 8, 2, what="letters")) == list("abcdef")
+    assert capsys.readouterr().out.splitlines()[0] == "4/8 letters, 0.1 a second, eta 0:00:48"
+    assert list(common.progress([0.5, 1.5, 2.0], 4.0, what="MB", size=lambda item: item)) == [0.5, 1.5, 2.0]
+    assert capsys.readouterr().out.startswith("2/4 MB, 0.1 a second, eta 0:00:")
+
+
+def test_a_figure_is_written_whole_and_closed(tmp_path, monkeypatch):
+    plt = common.pyplot()
+    figure, axes = plt.subplots(figsize=(2, 1))
+    axes.plot([1, 2])
+    common.save_figure(figure, tmp_path / "a.png", dpi=50)
+    before = (tmp_path / "a.png").read_bytes()
+    assert Image.open(tmp_path / "a.png").size == (100, 50) and not plt.fignum_exists(figure.number)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(common.UserError, match="a.png"):
+        common.save_figure(plt.figure(), tmp_path / "a.png", dpi=50)
+    assert (tmp_path / "a.png").read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(common.UserError, match="pip install matplotlib"):
+        common.pyplot()

@@ -29,7 +29,7 @@ THRESHOLDS = [50, 55, 60, 65, 70, 75, 80, 85, 90, 95]
 @pytest.fixture(autouse=True)
 def close_figures():
     yield
-    figures.pyplot().close("all")
+    common.pyplot().close("all")
 
 
 def drawn(*words):
@@ -145,7 +145,12 @@ def values(trials, kind):
 
 
 def test_ap_is_the_mean_over_trials_and_the_gain_is_over_the_first_run(tmp_path):
-    trials = {"base": [result(0)], "ours": [result(1), result(2), result(6)]}
+    trials = {"base": [result(0)], "ours": [result(1), result(2), result(6)], "other": [result(3), result(4)]}
+
+    def half(bars):
+        """Half the length of each error bar that is drawn."""
+        return np.array([np.ptp(segment[:, 1]) / 2 for bar in bars for segment in bar.get_segments() if len(segment)])
+
     runs = [write_lines(tmp_path / name / "results.jsonl", lines) for name, lines in trials.items()]
     figure = drawn("ap", *runs)
     found = panels(figure)
@@ -157,20 +162,37 @@ def test_ap_is_the_mean_over_trials_and_the_gain_is_over_the_first_run(tmp_path)
             line, _, bars = container.lines
             assert np.allclose(line.get_xdata(), np.array(THRESHOLDS) / 100)
             assert np.allclose(line.get_ydata(), means[name])
-            if name == "ours":
-                low, high = np.array([segment[:, 1] for segment in bars[0].get_segments()]).T
-                assert np.allclose((high - low) / 2, values(trials[name], kind).std(0, ddof=1))
-            assert (len(bars) > 0) == (name == "ours")
-        gains = [line.get_ydata() for line in found[f"{kind}: gain over base"].get_lines()]
-        assert len(gains) == 2 and np.allclose(gains[0], 0) and np.allclose(gains[1], means["ours"] - means["base"])
+            if name != "base":
+                assert np.allclose(half(bars), values(trials[name], kind).std(0, ddof=1))
+            else:
+                assert not half(bars).size  # of one trial
+        for container, name in zip(found[f"{kind}: gain over base"].containers, trials, strict=True):
+            assert np.allclose(container.lines[0].get_ydata(), means[name] - means["base"])
+            assert not half(container.lines[2]).size  # unknown with one trial of base
     texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert texts == ["base", "ours, mean of 3"]
+    assert texts == ["base", "ours, mean of 3", "other, mean of 2"]
     assert figure.get_suptitle() == trials["base"][0]["protocol"]
+    found = panels(drawn("ap", *runs[1:]))
+    first, second = (values(trials[name], "box") for name in ("ours", "other"))
+    ours, other = found["box: gain over ours"].containers
+    assert not ours.lines[2] and np.allclose(other.lines[0].get_ydata(), second.mean(0) - first.mean(0))
+    assert np.allclose(half(other.lines[2]) ** 2, first.var(0, ddof=1) / 3 + second.var(0, ddof=1) / 2)
 
 
 def test_ap_of_one_run_has_no_gain(tmp_path):
     run = write_lines(tmp_path / "a" / "results.jsonl", [result(0)])
     assert [axis.get_title() for axis in drawn("ap", run).axes] == ["box: AP", "mask: AP", "keypoints: AP"]
+
+
+def test_ap_of_kinds_that_all_runs_have(tmp_path):
+    """A run with boxes alone beside one with masks too; nothing in common is an error."""
+    boxes = {k: v for k, v in result(1).items() if k not in ("mask", "keypoints")}
+    masks = {k: v for k, v in result(2).items() if k not in ("box", "keypoints")}
+    lines = {"all": result(0), "boxes": boxes, "masks": masks}
+    runs = [write_lines(tmp_path / name / "results.jsonl", [line]) for name, line in lines.items()]
+    assert list(panels(drawn("ap", *runs[:2]))) == ["box: AP", "box: gain over all"]
+    with pytest.raises(UserError, match="no results of one kind"):
+        drawn("ap", *runs[1:])
 
 
 def test_differing_protocols_are_named_and_not_drawn(tmp_path):
@@ -246,6 +268,42 @@ def test_matches_are_those_of_setsims_matcher_for_that_image(tmp_path, photos, m
     assert Image.open(path).size == (4 * 230 + 6, 2 * 230 + 20)
 
 
+@pytest.mark.parametrize("kind", ["bare", "resim", "baseline"])
+def test_matches_of_any_other_backbone_are_those_of_setsims_defaults(tmp_path, photos, monkeypatch, kind):
+    """Bare weights, another script's checkpoint with its own size, and setsim.py's baseline, whose key network is another."""
+    side, args = (224, setsim.get_args(["--data", "x"])) if kind == "bare" else (96, None)
+    path, flags = tmp_path / "weights.pth", ["--arch", "resnet18"] if kind == "bare" else []
+    torch.manual_seed(0)
+    trunk = common.ResNetTrunk("resnet18").eval()
+    nets = trunk, trunk
+    if kind == "bare":
+        torch.save(trunk.state_dict(), path)
+    elif kind == "resim":
+        state = {f"query.trunk.{name}": tensor for name, tensor in trunk.state_dict().items()}
+        torch.save({"script": "resim", "settings": {"arch": "resnet18", "size": side}, "model": state}, path)
+    else:
+        _, method = a_checkpoint(path, "--matcher", "none", "--queue-size", "8")
+        nets = method.eval().query.trunk, method.key.trunk
+    if args is not None:  # the defaults, as literals
+        chosen = (args.matcher, args.attention, args.threshold, args.ratio, args.mu, args.geometry)
+        assert chosen == ("set2set-nn", "abs", 0.7, None, 0.0, None)
+    seen, draw = [], setsim.draw_matches
+    monkeypatch.setattr(setsim, "draw_matches", lambda *a: seen.append(a) or draw(*a))
+    assert drawn("matches", path, photos, "--count", 2, "--seed", 3, "--out", tmp_path / "m.png", *flags) is None
+    ((_, view_q, view_k, found, H, W),) = seen
+    for row, name in enumerate(("0000.png", "0004.png")):
+        with common.drawing("figure", 3, name):
+            image = common.read_image(photos / name)
+            (q, window_q), (k, window_k) = (setsim.random_view(image, side, False) for _ in range(2))
+        assert torch.equal(view_q[row], q) and torch.equal(view_k[row], k) and (H, W) == (side // 32, side // 32)
+        with torch.no_grad():
+            z = [net(common.normalise(x[None]))[-1] for net, x in zip(nets, (q, k), strict=True)]
+        one = setsim.match(*z, window_q[None], window_k[None], "set2set-nn", "abs", 0.7, None, 0.0, False, None)
+        for name, tensor in one._asdict().items():
+            assert torch.allclose(getattr(found, name)[row].float(), tensor[0].float(), atol=1e-4), name
+        assert one.positives.any()
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_attention_of_a_plain_backbone_is_setsims_for_that_image(tmp_path, photos, wrapped):
     """Bare weights want --arch; a checkpoint of another script says it itself, and the size of its views."""
@@ -257,7 +315,7 @@ def test_attention_of_a_plain_backbone_is_setsims_for_that_image(tmp_path, photo
         state = {f"query.trunk.{name}": tensor for name, tensor in state.items()}
         state, flags = {"script": "resim", "settings": {"arch": "resnet18", "size": 128}, "model": state}, []
     torch.save(state, tmp_path / "weights.pth")
-    figure = drawn("matches", tmp_path / "weights.pth", photos, "--count", 2, *flags)
+    figure = drawn("attention", tmp_path / "weights.pth", photos, "--count", 2, *flags)
     assert [axis.get_title() for axis in figure.axes[:2]] == ["image", "attention, framed: at least 0.7"]
     assert [axis.get_ylabel() for axis in figure.axes[:4:2]] == ["0000.png", "0004.png"]
     side = 128 if wrapped else 224
@@ -442,6 +500,8 @@ BAD = {
     "matches nothing.pth photos": "nothing.pth: no such file",
     "matches photos/0000.png photos": "photos/0000.png: not a checkpoint that can be read safely",
     "matches strange.pth photos": "strange.pth: there is no ResNet in it",
+    "attention strange.pth photos": "strange.pth: there is no ResNet in it",
+    "attention strange.pth empty": "IMAGES empty: no images in it or below",
     "matches strange.pth nowhere": "IMAGES nowhere: no such folder",
     "matches strange.pth empty": "IMAGES empty: no images in it or below",
     "matches strange.pth photos --count 0": "--count 0: must be at least 1",

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import helpers
 import numpy as np
@@ -155,6 +156,18 @@ def test_linear_optimiser_and_first_weights(classes, tmp_path, monkeypatch, caps
     assert "lr 0.1 = 3.2 x 8/256" in capsys.readouterr().out
 
 
+def test_linear_autocast_is_of_the_backbone_alone(classes, tmp_path):
+    x = torch.randint(0, 256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    trunk = frozen.frozen_trunk("random", "resnet18", 0, torch.device("cpu"))[0]
+    full, half = linear.features(trunk, x), linear.features(trunk, x, "bf16")
+    assert half.dtype == torch.float32 and not torch.equal(full, half)
+    torch.testing.assert_close(half, full, rtol=0.05, atol=0.01)
+    probe(classes, tmp_path, "--amp", "bf16", "--steps", "2")
+    state = torch.load(tmp_path / "checkpoint.pth")
+    assert state["model"]["weight"].dtype == torch.float32 and state["settings"]["amp"] == "bf16"
+    assert "amp 'bf16' -> 'none'" in error_of(linear.main, "--data", classes, "--output-dir", tmp_path, *TINY)
+
+
 def test_linear_crops_are_drawn_from_seed_epoch_and_index_alone(classes):
     images = linear.ClassFolder(str(classes / "train"))
     assert images.classes == ["a", "b", "train"] and images.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
@@ -195,12 +208,12 @@ def test_linear_hits():
 
 def test_linear_learns_on_frozen_batch_norm_and_says_if_the_backbone_moves(classes, finished, tmp_path, monkeypatch):
     real, modes = linear.features, []
-    monkeypatch.setattr(linear, "features", lambda trunk, x: modes.append(trunk.training) or real(trunk, x))
+    monkeypatch.setattr(linear, "features", lambda trunk, *x: modes.append(trunk.training) or real(trunk, *x))
     probe(classes, tmp_path / "a", "--steps", "1")
     assert modes and not any(modes)
     assert_same(checkpoint(tmp_path / "a")["settings"]["weights"], checkpoint(finished)["settings"]["weights"])
     for change in (lambda trunk: trunk.train(), lambda trunk: trunk.conv1.weight.mul_(1.001)):
-        monkeypatch.setattr(linear, "features", lambda trunk, x, change=change: (change(trunk), real(trunk, x))[1])
+        monkeypatch.setattr(linear, "features", lambda trunk, *x, change=change: (change(trunk), real(trunk, *x))[1])
         with pytest.raises(RuntimeError, match="frozen backbone has changed"):
             probe(classes, tmp_path / "b", "--steps", "3")
         shutil.rmtree(tmp_path / "b")
@@ -240,11 +253,11 @@ def test_linear_interrupted_equals_uninterrupted(classes, finished, tmp_path, ca
 def test_linear_signal_between_two_steps(classes, finished, tmp_path, monkeypatch):
     real, calls = linear.features, []
 
-    def signalling(trunk, x):
+    def signalling(trunk, x, amp):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(trunk, x)
+        return real(trunk, x, amp)
 
     monkeypatch.setattr(linear, "features", signalling)
     probe(classes, tmp_path)
@@ -390,6 +403,24 @@ def test_coco_objects_with_run_lengths(tmp_path):
     path.write_text(json.dumps(content))
     item = frozen.CocoObjects(str(root), "val", masks=True)[0]
     assert (item.mask(0) == wanted).all() and (item.mask(1) == wanted).all()
+
+
+def test_outlines_are_not_kept_in_memory_without_need(coco, tmp_path):
+    """COCO train2017's take gigabytes as Python objects; here 2000 outlines of 400 numbers take 25 MB."""
+    shutil.copytree(coco, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][:] = [
+        content["annotations"][0] | {"id": i, "segmentation": [[i + k / 7 for k in range(400)]]} for i in range(2000)
+    ]
+    path.write_text(json.dumps(content))
+    peaks = {}
+    for masks in (False, True):
+        tracemalloc.start()
+        assert len(frozen.CocoObjects(str(tmp_path), "val2017", masks).boxes) == 2000
+        peaks[masks] = tracemalloc.get_traced_memory()[1] / path.stat().st_size
+        tracemalloc.stop()
+    assert peaks[True] > 2.5 and peaks[False] < 2.1  # the text is held twice, as bytes and decoded, while it is read
 
 
 def test_images_that_do_not_fit_their_annotations(coco, tmp_path):
@@ -586,6 +617,15 @@ def test_object_features_are_pooled_from_seven_by_seven():
     assert (z[1] / z[0]).item() == pytest.approx(4.5)  # the middle of [2, 8] lies between cells 4 and 5
 
 
+def test_labels_hold_no_file_of_a_worker_open(coco):
+    """A tensor of a worker is a file that is open: thousands of queries would be too many of them."""
+    objects, trunk = frozen.CocoObjects(str(coco), "val2017"), Blocks((4, 8, 16, 32))
+    for workers in (0, 1):
+        variants = oknn.Variants(objects, 64, None, True, 0, "queries")
+        found = list(oknn.all_features(trunk, variants, "c5", workers, torch.device("cpu"), "queries"))
+        assert len(found) == 9 and not any(labels.is_shared() for _, labels in found)
+
+
 OKNN = "--arch resnet18 --weights random --size 96 --neighbours 5 --workers 0".split()
 
 
@@ -723,6 +763,9 @@ def test_coupling_rate_and_mean_cosine_in_closed_form():
     table = bias.statistics(torch.tensor([[1.0, 2, 3, 4], [3, 2, 3, 4], [5, 2, 3, torch.inf]]))
     assert table["C2"] == {"mean": 3, "error": pytest.approx(2 / 3**0.5), "count": 3}
     assert table["C3"]["error"] == 0 and table["C5"] == {"mean": 4, "error": 0, "count": 2}
+    table = bias.statistics(torch.tensor([[1.0, torch.nan, 3, 4]]))
+    assert table["C2"] == {"mean": 1, "error": None, "count": 1}
+    assert table["C3"] == {"mean": None, "error": None, "count": 0}
 
 
 def test_box_and_grid_features_against_loops():
@@ -822,9 +865,22 @@ def test_bias_compares_backbones_and_draws(tmp_path, capsys):
         assert means == sorted(means, reverse=True) and means[-1] < 0.99  # deeper stages tell more of the place
     text = capsys.readouterr().out
     assert text.count("CR ") == 2 and f"{results['random']['CR']['C5']['mean']:.3f} +-" in text
-    bias.main([*flags, "--weights", "random"])
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"]["random"] == results["random"]
+    bias.main([*flags, "--weights", f"other={tmp_path / 'other.pth'}"])  # random initialisation comes by itself
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == results
+    bias.main([*flags, "--weights", f"random={tmp_path / 'other.pth'}"])
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == {"random": results["other"]}
+    assert not common.pyplot().get_fignums()
     assert "multiple of 32" in error_of(bias.main, *flags, "--weights", "random", "--grid-size", "48")
+
+
+def test_bias_where_a_measure_does_not_exist(tmp_path, capsys, monkeypatch):
+    """Features of A alone and B that have nothing in common: no CR, neither in the line nor in the plot nor in the file."""
+    nothing = torch.full((1, 4), torch.nan)
+    monkeypatch.setattr(bias, "measure", lambda *_: (nothing, torch.ones(1, 4)))
+    bias.main(["--data", "scenes:8", *BIAS, "--count", "1", "--weights", "random", "--output-dir", str(tmp_path)])
+    text = (tmp_path / "results.json").read_text()
+    assert json.loads(text)["results"]["random"]["CR"]["C2"] == {"mean": None, "error": None, "count": 0}
+    assert "NaN" not in text and "CR  C2 nan +- nan" in capsys.readouterr().out and (tmp_path / "bias.png").exists()
 
 
 # ======================================================================================================================
@@ -855,13 +911,6 @@ def test_probes_of_one_process_refuse_several(monkeypatch, tmp_path):
     for main in (oknn.main, bias.main):
         message = error_of(main, "--data", "scenes:4", "--weights", "random", "--output-dir", tmp_path)
         assert "without torchrun" in message
-
-
-def test_progress(capsys, monkeypatch):
-    times = iter(range(0, 600, 6))
-    monkeypatch.setattr(frozen.time, "time", lambda: next(times))
-    assert list(frozen.progress("abcdef", 6, "letters")) == list("abcdef")
-    assert capsys.readouterr().out.splitlines()[0] == "letters: 2/6 eta 0:00:24"
 
 
 @pytest.mark.parametrize("module", [linear, oknn, bias])

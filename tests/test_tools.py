@@ -272,13 +272,24 @@ def test_statistics_against_a_loop(files, capsys):
     ids = taken(flags)
     inside = [(row.id, row.mid) for row in rows if row.id in set(ids) and row.mid in MIDS]
     text = capsys.readouterr().out
-    printed = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith(("sample ", "COCO "))}
+    table = text[text.index("categories an image") :].splitlines()[1:4]
+    printed = {line[:16].strip(): line[16:].split() for line in table}
     images, objects, categories, kinds = statistics_by_hand(inside, len(ids))
     assert printed["sample"] == [str(images), f"{objects:.2f}", f"{categories:.2f}", str(kinds)]
     coco = json.loads((files[0] / "coco.json").read_text())
     pairs = [(entry["image_id"], entry["category_id"]) for entry in coco["annotations"]]
     images, objects, categories, kinds = statistics_by_hand(pairs, len(coco["images"]))
     assert printed["COCO"] == [str(images), f"{objects:.2f}", f"{categories:.2f}", str(kinds)] and kinds == 6
+    images = len({image for image, _ in pairs})
+    images, objects, categories, kinds = statistics_by_hand(pairs, images)
+    assert printed["with objects"] == [str(images), f"{objects:.2f}", f"{categories:.2f}", str(kinds)]
+    assert images < len(coco["images"])
+    used = counts_by_hand(rows, ids)
+    lowest = sorted((used[name] / limit, name, limit) for name, limit in COUNTS.items())[:5]
+    assert f"furthest below: {', '.join(f'{name} {used[name]}/{limit}' for _, name, limit in lowest)}\n" in text
+    assert (
+        "that the file has not: Person, Boy, Bicycle, Car, " in text and " Donut, Cake" in text and " Cat, " not in text
+    )
     assert "5 of COCO's 6 classes, 7 of Open Images' 9; no counterpart: toaster" in text
     assert f"; {sum(row.mid == OTHER for row in rows)} with other classes passed over" in text
     assert f"warning: all images looked at: {len(ids)} instead of 146000" in text
@@ -480,14 +491,6 @@ def test_the_sampler_as_a_command(files):
         file.write("torn")
     code, _, errors = run("openimages_mini", *flags)
     assert code == 2 and errors.count("\n") == 1 and "boxes.csv, line " in errors
-
-
-def test_progress_without_a_terminal_is_a_line_every_ten_seconds(monkeypatch, capsys):
-    clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr(openimages_mini.time, "time", lambda: next(clock))
-    assert list(openimages_mini.progress(((n, -n) for n in range(1, 21)), 20, "boxes")) == list(range(-1, -21, -1))
-    lines = capsys.readouterr().out.splitlines()
-    assert 3 <= len(lines) <= 10 and all(line.startswith("boxes: ") and " %, eta 0:0" in line for line in lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,12 +4,12 @@
     python -m tools.figures curves runs/setsim runs/resim --out curves.png          losses and health, a panel each
     python -m tools.figures ap runs/det_moco runs/det_resim --names MoCo-v2 ReSim   PAPER: ReSim Figure 4
     python -m tools.figures matches runs/setsim/checkpoint.pth photos               PAPER: SetSim Figure 3
-    python -m tools.figures matches runs/resim/resnet50.pth photos                  attention of any other backbone
+    python -m tools.figures attention runs/resim/resnet50.pth photos                whole images, any backbone
     python -m tools.figures predictions runs/det_moco runs/det_setsim               PAPER: SetSim Figures 4 to 9
     python -m tools.figures predictions runs/seg_moco runs/seg_setsim --images photos
 
 A RUN is the --output-dir of a script; of several trials, `ap` takes the means, and the others want one of the folders
-seed0, seed1, ... in it. Networks are in evaluation mode: what is drawn of an image does not depend on the others.
+seed0, seed1, ... in it. `curves` draws what is logged over steps: final results are for `ap`. Networks are in evaluation mode: what is drawn of an image does not depend on the others.
 """
 
 import argparse
@@ -21,7 +21,9 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 import common
+import setsim
 from common import UserError
+from probes.frozen import frozen_trunk
 
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito's, without the yellow
 STYLES = ("-", "--", ":")  # where there are more runs than colours
@@ -38,20 +40,22 @@ def get_args(argv=None):
     def command(name, text):
         flag = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
         flag("--out", default=f"{name}.png", metavar="FILE.png", help="the picture to write")
-        if name != "matches":
+        if name in ("curves", "ap", "predictions"):
             flag("runs", nargs="+", metavar="RUN", help="output folder of a run")
             flag("--names", nargs="+", metavar="NAME", help="what the picture calls the runs; default: their folders' names")
-        if name in ("matches", "predictions"):
+        else:
+            flag("checkpoint", metavar="CHECKPOINT", help="any file with a ResNet in it, 'imagenet' or 'random'")
+            flag("images", metavar="IMAGES", help="folder of images, searched recursively")
+            flag("--arch", default="resnet50", choices=common.ARCHS, help="the ResNet in CHECKPOINT, if it does not say so itself")
+            flag("--seed", default=0, type=int, help="of the crops, and of random weights")
+        if name not in ("curves", "ap"):
             flag("--count", default=6, type=int, metavar="N", help="so many images at most, spread evenly over all there are")
         return flag
 
     command("curves", "every loss and health value that runs of any script have logged")
     command("ap", "AP over IoU thresholds of runs of transfer_det.py, and the gain over the first one")
-    flag = command("matches", "attention, sets and correspondences on one's own images")
-    flag("checkpoint", metavar="CHECKPOINT", help="checkpoint.pth of setsim.py: two random crops of an image, matched; any other file with a ResNet in it: attention alone")
-    flag("images", metavar="IMAGES", help="folder of images, searched recursively")
-    flag("--arch", default="resnet50", choices=common.ARCHS, help="the ResNet in CHECKPOINT, if it does not say so itself")
-    flag("--seed", default=0, type=int, help="of the crops")
+    command("matches", "two random crops of each of one's own images: their attention, sets and correspondences")
+    command("attention", "one's own images whole, beside what the backbone attends to")
     flag = command("predictions", "predictions of runs of transfer_det.py or transfer_seg.py in columns beside image and truth")
     flag("--images", metavar="DIR", help="one's own images, without truth; default: the first run's validation data")
     # fmt: on
@@ -59,7 +63,7 @@ def get_args(argv=None):
     if not args.out.lower().endswith(".png"):
         raise UserError(f"--out {args.out}: the name has to end in .png")
     common.check_range(args, **{name: (low, None) for name, low in (("count", 1), ("seed", 0)) if hasattr(args, name)})
-    if args.command != "matches":
+    if "runs" in args:
         folders = [os.path.basename(os.path.normpath(run)) for run in args.runs]
         args.names = args.names or (folders if len(set(folders)) == len(folders) else args.runs)
         if len(args.names) != len(args.runs):
@@ -114,20 +118,8 @@ def own_images(folder, count, source):
 
 
 # ======================================================================================================================
-# Figures. Each function takes the parsed command line and returns a matplotlib figure.
+# Figures. Each function takes the parsed command line and returns a matplotlib figure, or None if it wrote --out itself.
 # ======================================================================================================================
-
-
-def pyplot():
-    """matplotlib's pyplot, drawing to files alone. Errors: UserError, it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("matplotlib is needed to draw: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def line_of(place):
@@ -161,7 +153,7 @@ def yardstick(name, values):
 
 def draw_curves(args):
     """A panel for each value that is logged, a line for each run; dashed and thin: its yardstick."""
-    plt, runs = pyplot(), [logged(run) for run in args.runs]
+    plt, runs = common.pyplot(), [logged(run) for run in args.runs]
     names = list(dict.fromkeys(name for values in runs for name in values))
     names = [name for name in names if not {"chance", "spread"} & set(name.split("_"))]
     names.sort(key=lambda name: name == "lr")  # the last one, as in the runs' own curves.png
@@ -198,12 +190,13 @@ def by_threshold(trial):
 
 
 def draw_ap(args):
-    """A row for each kind: AP over thresholds, mean and deviation (n - 1) of the trials; gain over the first run.
+    """A row for each kind: AP over thresholds, mean and deviation (n - 1) of the trials; gain over the first run, with
+    the standard error of a difference of means where both have several trials.
 
     Errors:
-        UserError: other protocols, whose numbers are not comparable; no such results.
+        UserError: other protocols, whose numbers are not comparable; no such results; none of a kind that all have.
     """
-    plt, results = pyplot(), [common.read_log(file_of(run, "results.jsonl")) for run in args.runs]
+    plt, results = common.pyplot(), [common.read_log(file_of(run, "results.jsonl")) for run in args.runs]
     runs = [[by_threshold(trial) for trial in trials] for trials in results]
     for run, trials in zip(args.runs, runs, strict=True):
         if not trials or not trials[0]:
@@ -213,24 +206,27 @@ def draw_ap(args):
         which = "; ".join(f"{n}: {' and '.join(sorted(p))}" for n, p in zip(args.names, protocols, strict=True))
         raise UserError(f"the runs have different protocols, their numbers are not comparable ({which})")
     kinds = [kind for kind in runs[0][0] if all(kind in trials[0] for trials in runs)]
+    if not kinds:
+        raise UserError("the runs have no results of one kind (box, mask, ...): compare others")
     shape = len(kinds), 2 if len(runs) > 1 else 1
     figure, axes = plt.subplots(
         *shape, figsize=(5 * shape[1], 3.4 * shape[0] + 0.8), squeeze=False, layout="constrained"
     )
     for row, kind in zip(axes, kinds, strict=True):
-        means = []
+        means, errors = [], []  # of each run, and the standard errors of its means
         for place, trials in enumerate(runs):
             thresholds = [int(threshold) / 100 for threshold in trials[0][kind]]
             values = np.array([list(trial[kind].values()) for trial in trials])  # (trials, thresholds)
             means.append(values.mean(0))
-            several = len(trials) > 1
+            n = len(trials)
+            deviation = values.std(0, ddof=1) if n > 1 else np.full(len(thresholds), np.nan)  # nan draws no bar
+            errors.append(deviation / n**0.5)
             style = line_of(place) | {"marker": "osD^vP*"[place % 7], "ms": 4, "lw": 1.4}
-            label = args.names[place] + (f", mean of {len(trials)}" if several else "")
-            row[0].errorbar(
-                thresholds, means[-1], values.std(0, ddof=1) if several else None, capsize=2, label=label, **style
-            )
+            label = args.names[place] + (f", mean of {n}" if n > 1 else "")
+            row[0].errorbar(thresholds, means[-1], deviation, capsize=2, label=label, **style)
             for axis in row[1:]:
-                axis.plot(thresholds, means[-1] - means[0], label=label, **style)
+                error = np.hypot(errors[0], errors[-1]) if place else None
+                axis.errorbar(thresholds, means[-1] - means[0], error, capsize=2, label=label, **style)
                 axis.set_title(f"{kind}: gain over {args.names[0]}")
         row[0].set(title=f"{kind}: AP", ylabel="AP, percent")
         for axis in row:
@@ -268,40 +264,28 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@torch.no_grad()
-def draw_matches(args):
-    """`setsim.draw_matches` on crops of one's own images, written to --out; for other backbones `draw_attention`."""
-    import setsim
-
-    state = {} if args.checkpoint == "imagenet" else common.load_checkpoint_file(args.checkpoint)
-    settings = state.get("settings", {}) if isinstance(state, dict) else {}
-    names, images = own_images(args.images, args.count, "IMAGES")
-    if not settings or state.get("script") != setsim.NAME:
-        return draw_attention(args, settings, names, images)
-    world = common.World(0, 1, 0, device())
-    method = setsim.build(argparse.Namespace(**settings | {"amp": "none"}), world)
-    method.load_state_dict(state["model"])
-    views = []
-    for name, image in zip(names, images, strict=True):
-        with common.drawing("figure", args.seed, name):
-            views.append([x for _ in range(2) for x in setsim.random_view(image, settings["size"], False)])
-    view_q, window_q, view_k, window_k = (torch.stack(x).to(world.device) for x in zip(*views, strict=True))
-    z_q, z_k = method.eval().features(view_q, view_k)
-    found = method.matcher(z_q, z_k, window_q, window_k, common.generator("figure", args.seed))
-    setsim.draw_matches(args.out, view_q, view_k, found, *z_q.shape[2:])
-    print(f"rows: {', '.join(names)}", flush=True)
-    return None
+def pretrained(args):
+    """What CHECKPOINT says of itself: (its content, settings of its run); both empty for bare weights."""
+    if args.checkpoint in ("imagenet", "random"):
+        return {}, {}
+    state = common.load_checkpoint_file(args.checkpoint)
+    state = state if isinstance(state, dict) else {}
+    return state, state.get("settings", {})
 
 
-def draw_attention(args, settings, names, images):
-    """Images beside their attention (PAPER: SetSim's Eq. 3 on C5); cells of at least THRESHOLD are framed."""
-    import setsim
-
-    plt, arch = pyplot(), settings.get("arch", args.arch)
-    weights, line = common.load_backbone(args.checkpoint, arch)
+def backbone(args, settings):
+    """The frozen backbone in CHECKPOINT."""
+    trunk, _, line = frozen_trunk(args.checkpoint, settings.get("arch", args.arch), args.seed, device())
     print(line, flush=True)
-    trunk = common.ResNetTrunk(arch).to(device()).eval()
-    trunk.load_state_dict(weights)
+    return trunk
+
+
+@torch.no_grad()
+def draw_attention(args):
+    """Whole images beside their attention (PAPER: SetSim's Eq. 3 on C5); cells of at least THRESHOLD are framed."""
+    _, settings = pretrained(args)
+    names, images = own_images(args.images, args.count, "IMAGES")
+    plt, trunk = common.pyplot(), backbone(args, settings)
     images = [TF.resize(image, settings.get("size", 224)) for image in images]  # short side
     title = f"attention, framed: at least {THRESHOLD}"
     figure = draw_columns(plt, [[image, image] for image in images], ["image", title], names)
@@ -317,6 +301,38 @@ def draw_attention(args, settings, names, images):
             axis.add_patch(plt.Rectangle(corner, width, height, fill=False, ec="#E69F00", lw=1.5))
     figure.colorbar(shown, ax=figure.axes, location="bottom", shrink=0.5, label="attention", aspect=40)
     return figure
+
+
+@torch.no_grad()
+def draw_matches(args):
+    """PAPER: SetSim Figure 3. `setsim.draw_matches` on two random crops of each image, written to --out.
+
+    A checkpoint.pth of setsim.py is taken with its own two networks and matcher. Any other backbone sees both crops, and
+    is matched as setsim.py does by default; so is a run with --matcher none, to be compared.
+    """
+    state, settings = pretrained(args)
+    names, images = own_images(args.images, args.count, "IMAGES")
+    views = []
+    for name, image in zip(names, images, strict=True):
+        with common.drawing("figure", args.seed, name):
+            views.append([x for _ in range(2) for x in setsim.random_view(image, settings.get("size", 224), False)])
+    view_q, window_q, view_k, window_k = (torch.stack(x).to(device()) for x in zip(*views, strict=True))
+
+    def matcher(z_q, z_k, window_q, window_k, rng):
+        return setsim.match(z_q, z_k, window_q, window_k, "set2set-nn", "abs", THRESHOLD, None, 0.0, False, None)
+
+    if state.get("script") == setsim.NAME:
+        world = common.World(0, 1, 0, device())
+        method = setsim.build(argparse.Namespace(**settings | {"amp": "none"}), world)
+        method.load_state_dict(state["model"])
+        z_q, z_k = method.eval().features(view_q, view_k)
+        matcher = method.matcher if settings["matcher"] != "none" else matcher
+    else:
+        trunk = backbone(args, settings)
+        z_q, z_k = (trunk(common.normalise(view))[-1] for view in (view_q, view_k))  # (n, C, H, W)
+    found = matcher(z_q, z_k, window_q, window_k, common.generator("figure", args.seed))
+    setsim.draw_matches(args.out, view_q, view_k, found, *z_q.shape[2:])
+    print(f"rows: {', '.join(names)}", flush=True)
 
 
 class Detection:
@@ -396,7 +412,7 @@ def draw_predictions(args):
     Errors:
         UserError: no fine-tuned model, models of other tasks or classes, validation data that is no longer there.
     """
-    plt, world = pyplot(), common.World(0, 1, 0, device())
+    plt, world = common.pyplot(), common.World(0, 1, 0, device())
     runs = [fine_tuned(run, args.images) for run in args.runs]
     tasks = [f"{run.state['script']}.py --task {run.args.task} with {len(run.classes)} classes" for run in runs]
     for name, task, run in zip(args.names, tasks, runs, strict=True):
@@ -427,7 +443,10 @@ def draw_predictions(args):
     return figure
 
 
-DRAWN = {"curves": draw_curves, "ap": draw_ap, "matches": draw_matches, "predictions": draw_predictions}
+DRAWN = {
+    "curves": draw_curves, "ap": draw_ap, "matches": draw_matches, "attention": draw_attention,
+    "predictions": draw_predictions,
+}  # fmt: skip
 
 
 def main(argv=None):
@@ -437,7 +456,7 @@ def main(argv=None):
         raise UserError(f"--out {args.out}: give a file in a folder that is there and can be written")
     figure = DRAWN[args.command](args)
     if figure is not None:
-        figure.savefig(args.out, dpi=150)
+        common.save_figure(figure, args.out, dpi=150)
     print(f"picture: {args.out}", flush=True)
 
 

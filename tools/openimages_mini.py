@@ -14,11 +14,12 @@ until there are 146,000. The first n lines of the list are what --count n would 
 
 Boxes in the CSV are fractions of the image and its size is nowhere in Open Images' CSVs (OriginalSize is in bytes),
 while COCO's format counts in pixels. So the list is all that is written without --images; with it, sizes are read from
-the files' headers, as `common.read_image` turns the images. A list that is there already must be the same one.
+the files' headers, as `common.read_image` turns the images: that the fractions are of the turned image is an assumption.
+A list that is there already must be the same one.
 
 Counted as one object: each box with a class of --classes, a box around a group (IsGroupOf 1, `iscrowd` 1 in the JSON)
 and a crowd region of COCO too (AMBIGUOUS: D38). Other boxes are passed over. Objects and categories an image are means
-over all images, for COCO those without objects included; categories are those that occur.
+over all images, for COCO with those without objects and again without them; categories are those that occur.
 
 The CSV is read in chunks into arrays, whatever the order of its rows: image number, class, box and group bit take 23
 bytes a row. Measured on one, two and four million made-up rows: at its peak the whole takes 42 MB for each million,
@@ -31,8 +32,6 @@ import csv
 import itertools
 import json
 import os
-import sys
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -169,28 +168,6 @@ def opened(path, what):
         raise UserError(f"{path}: cannot be read ({reason}): give {what}") from None
 
 
-def progress(steps, total, what):
-    """Yield the item of each (done so far, item). Meanwhile one bar on a terminal (if tqdm is there), else a plain line
-    every ten seconds."""
-    bar = contextlib.nullcontext()
-    if sys.stderr.isatty():
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-
-            bar = tqdm(total=total, desc=what, unit_scale=True, dynamic_ncols=True)
-    started = said = time.time()
-    with bar as shown:
-        for done, item in steps:
-            yield item
-            if shown is not None:
-                shown.update(done - shown.n)
-            elif time.time() - said >= 10:
-                said = time.time()
-                left = int((said - started) * (total - done) / done)
-                eta = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-                print(f"{what}: {100 * done // total} %, eta {eta}", flush=True)
-
-
 def read_classes(path):
     """Open Images' classes: {MID: display name}, in the order of the file, with or without a header.
 
@@ -256,7 +233,7 @@ def is_row(row, columns, width):
 
 
 def read_chunks(path, classes, rows_at_once):
-    """Yield (bytes read so far, what parse_rows gives) for one chunk of the CSV after the other.
+    """Yield (megabytes, what parse_rows gives) of one chunk of the CSV after the other.
 
     Errors:
         UserError: cannot be read, lacks a column, or a malformed row: names its line.
@@ -268,7 +245,7 @@ def read_chunks(path, classes, rows_at_once):
         lacking = [name for name in COLUMNS if name not in header]
         if lacking:
             raise UserError(f"{path}: the first line has no {', '.join(lacking)}: give {what}")
-        columns = [header.index(name) for name in COLUMNS]
+        columns, position = [header.index(name) for name in COLUMNS], 0
         while rows := list(itertools.islice(reader, rows_at_once)):
             try:
                 chunk = parse_rows(rows, columns, len(header), classes)
@@ -279,7 +256,8 @@ def read_chunks(path, classes, rows_at_once):
                     f"{path}, line {first + number}: not a row of Open Images' boxes ({','.join(rows[number])[:80]!r}): "
                     "mend or remove it, or download the file again"
                 ) from None
-            yield file.buffer.tell(), chunk
+            before, position = position, file.buffer.tell()
+            yield (position - before) / 1e6, chunk
 
 
 def read_boxes(path, mids, rows_at_once=20_000):
@@ -293,10 +271,13 @@ def read_boxes(path, mids, rows_at_once=20_000):
         UserError: see read_chunks; or there is no such file.
     """
     classes = {mid: number for number, mid in enumerate(mids)}
-    total = os.path.getsize(path) if os.path.isfile(path) else 0
+    megabytes = os.path.getsize(path) / 1e6 if os.path.isfile(path) else 0
     columns = {"image": bytearray(), "category": bytearray(), "corners": bytearray(), "group": bytearray()}
     provisional, numbers, unknown = [np.zeros(0, np.uint64)], 0, 0
-    for ids, category, corners, group in progress(read_chunks(path, classes, rows_at_once), total, "boxes"):
+    chunks = read_chunks(path, classes, rows_at_once)
+    for _, (ids, category, corners, group) in common.progress(
+        chunks, megabytes, what="MB of boxes", size=lambda x: x[0]
+    ):
         known = category >= 0
         unknown += int((~known).sum())
         ids, image = np.unique(ids[known], return_inverse=True)
@@ -414,16 +395,16 @@ def image_sizes(folder, names):
         )
 
     def sizes():
-        for done, name in enumerate(names, 1):
+        for name in names:
             try:
                 with Image.open(os.path.join(folder, name)) as file:
                     size = file.size
                     turned = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter
             except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, ... for broken files
                 raise UserError(f"--images {folder}: {name} is no image ({error}): download it again") from None
-            yield done, size[::-1] if turned else size
+            yield size[::-1] if turned else size
 
-    return list(progress(sizes(), len(names), "sizes"))
+    return list(common.progress(sizes(), len(names), what="sizes of images"))
 
 
 def coco_json(boxes, names, taken, files, sizes):
@@ -464,9 +445,9 @@ def coco_json(boxes, names, taken, files, sizes):
 
 def table(rows):
     """Lines of Table 2 for {name: what `statistics` returned}."""
-    lines = [f"{'':8}{'images':>10}{'objects an image':>20}{'categories an image':>22}{'categories':>14}"]
+    lines = [f"{'':16}{'images':>10}{'objects an image':>20}{'categories an image':>22}{'categories':>14}"]
     for name, (images, objects, categories, kinds) in rows.items():
-        lines.append(f"{name:8}{images:10}{objects:20.2f}{categories:22.2f}{kinds:14}")
+        lines.append(f"{name:16}{images:10}{objects:20.2f}{categories:22.2f}{kinds:14}")
     return "\n".join(lines)
 
 
@@ -485,8 +466,10 @@ def main(argv=None):
         raise UserError(
             f"{args.classes} and {args.coco} share no class: give Open Images' class names and COCO's objects"
         )
+    absent = [name for ours in SHARED.values() for name in ours if name not in names]
     print(f"shared: {len(coco.names) - len(lacking)} of COCO's {len(coco.names)} classes, {(shared >= 0).sum()} of "
-          f"Open Images' {len(names)}; no counterpart: {', '.join(lacking) or 'none'}", flush=True)  # fmt: skip
+          f"Open Images' {len(names)}; no counterpart: {', '.join(lacking) or 'none'}; names of this script's map that "
+          f"the file has not: {', '.join(absent) or 'none'}", flush=True)  # fmt: skip
 
     boxes = read_boxes(args.annotations, list(classes))
     print(f"boxes: {len(boxes.image)} in {len(boxes.ids)} images, {boxes.group.sum()} of them around a group; "
@@ -497,9 +480,12 @@ def main(argv=None):
         raise UserError(f"{args.annotations}: no image with an object of a shared class fits COCO's counts")
     if len(taken) < args.count:
         print(f"warning: all images looked at: {len(taken)} instead of {args.count}", flush=True)
-    full = sum(n == limit for n, limit in zip(used, limits, strict=True))
+    filled = sorted(
+        (n / max(limit, 1), name, n, limit) for n, name, limit in zip(used, coco.names, limits, strict=True)
+    )
     print(f"sample: {len(taken)} images, {sum(used)} objects of shared classes (COCO: {sum(limits)}), "
-          f"{full} classes as large as COCO's", flush=True)  # fmt: skip
+          f"{sum(n == limit for *_, n, limit in filled)} classes as large as COCO's; furthest below: "
+          f"{', '.join(f'{name} {n}/{limit}' for _, name, n, limit in filled[:5])}", flush=True)  # fmt: skip
 
     ids = [f"{boxes.ids[i]:016x}" for i in taken]
     text = "".join(f"{name}\n" for name in ids)
@@ -512,6 +498,7 @@ def main(argv=None):
     rows = {
         "sample": statistics(boxes.image[inside], boxes.category[inside], len(taken)),
         "COCO": statistics(coco.image, coco.category, coco.images),
+        "  with objects": statistics(coco.image, coco.category, len(np.unique(coco.image))),
     }
     print(table(rows), flush=True)
     if args.images is None:
