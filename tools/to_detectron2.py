@@ -38,31 +38,24 @@ import common
 from common import UserError
 
 PYRAMID = 256  # channels of a pyramid, detectron2's MODEL.FPN.OUT_CHANNELS
-# What the files call the convolutions and norms of level {number + offset}, and what detectron2 does.
-CONVOLUTIONS = (
-    (r"module\.encoder_q\.fpn_lateral([2-5])(?:\.0)?\.(weight|bias)", 0, "fpn_lateral"),  # released ReSim, --fpn-bn too
-    (r"module\.encoder_q\.fpn_output([2-5])(?:\.0)?\.(weight|bias)", 0, "fpn_output"),
-    (r"module\.encoder_q\.fpn_lateral([2-5])\.1\.(weight|bias|running_mean|running_var)", 0, "norm of fpn_lateral"),
-    (r"module\.encoder_q\.fpn_output([2-5])\.1\.(weight|bias|running_mean|running_var)", 0, "norm of fpn_output"),
-    (r"(?:module\.)?neck\.lateral_convs\.([0-3])\.conv\.(weight|bias)", 2, "fpn_lateral"),  # released SoCo
-    (r"(?:module\.)?neck\.fpn_convs\.([0-3])\.conv\.(weight|bias)", 2, "fpn_output"),
-    (
-        r"(?:module\.)?neck\.lateral_convs\.([0-3])\.bn\.(weight|bias|running_mean|running_var)",
-        2,
-        "norm of fpn_lateral",
-    ),
-    (r"(?:module\.)?neck\.fpn_convs\.([0-3])\.bn\.(weight|bias|running_mean|running_var)", 2, "norm of fpn_output"),
-    (
-        r"backbone\.fpn\.inner_blocks\.([0-3])\.1\.(weight|bias|running_mean|running_var)",
-        2,
-        "norm of fpn_lateral",
-    ),  # detector.pth
-    (r"backbone\.fpn\.layer_blocks\.([0-3])\.1\.(weight|bias|running_mean|running_var)", 2, "norm of fpn_output"),
-    (r"query\.pyramid\.laterals\.c([2-5])\.(weight|bias)", 0, "fpn_lateral"),  # checkpoint.pth of resim.py
-    (r"query\.region_heads\.p([2-5])\.(weight|bias)", 0, "fpn_output"),  # where a head is such, --preset official
-    (r"(?:backbone\.fpn\.)?inner_blocks\.([0-3])\.0\.(weight|bias)", 2, "fpn_lateral"),  # fpn.pth of resim.py
-    (r"(?:backbone\.fpn\.)?layer_blocks\.([0-3])\.0\.(weight|bias)", 2, "fpn_output"),
+# What the files call the convolutions and norms of a pyramid's level, (number + offset), and what detectron2 does.
+LAYERS = (
+    (r"module\.encoder_q\.fpn_lateral([2-5])(?:\.0)?", 0, "fpn_lateral{}"),  # released ReSim; with .0 and .1: --fpn-bn
+    (r"module\.encoder_q\.fpn_output([2-5])(?:\.0)?", 0, "fpn_output{}"),
+    (r"module\.encoder_q\.fpn_lateral([2-5])\.1", 0, "fpn_lateral{}.norm"),
+    (r"module\.encoder_q\.fpn_output([2-5])\.1", 0, "fpn_output{}.norm"),
+    (r"(?:module\.)?neck\.lateral_convs\.([0-3])\.conv", 2, "fpn_lateral{}"),  # released SoCo
+    (r"(?:module\.)?neck\.fpn_convs\.([0-3])\.conv", 2, "fpn_output{}"),
+    (r"(?:module\.)?neck\.lateral_convs\.([0-3])\.bn", 2, "fpn_lateral{}.norm"),
+    (r"(?:module\.)?neck\.fpn_convs\.([0-3])\.bn", 2, "fpn_output{}.norm"),
+    (r"query\.pyramid\.laterals\.c([2-5])", 0, "fpn_lateral{}"),  # checkpoint.pth of resim.py
+    (r"query\.region_heads\.p([2-5])", 0, "fpn_output{}"),  # where a head is such, --preset official
+    (r"(?:backbone\.fpn\.)?inner_blocks\.([0-3])\.0", 2, "fpn_lateral{}"),  # fpn.pth of resim.py; detector.pth
+    (r"(?:backbone\.fpn\.)?layer_blocks\.([0-3])\.0", 2, "fpn_output{}"),
+    (r"backbone\.fpn\.inner_blocks\.([0-3])\.1", 2, "fpn_lateral{}.norm"),
+    (r"backbone\.fpn\.layer_blocks\.([0-3])\.1", 2, "fpn_output{}.norm"),
 )
+KINDS = r"\.(weight|bias|running_mean|running_var)"
 
 
 def get_args(argv=None):
@@ -90,15 +83,13 @@ def detectron2_name(name):
 
 
 def pyramid(state):
-    """The convolutions (and norms) of a feature pyramid among named tensors: {detectron2's name: tensor}, {} if there are none."""
+    """The convolutions (and norms) of a feature pyramid in {name: tensor}: {detectron2's name: tensor}, {} if there are none."""
     found = {}
-    for pattern, offset, theirs in CONVOLUTIONS:
+    for pattern, offset, theirs in LAYERS:
         for name, tensor in state.items():
-            match = re.fullmatch(pattern, str(name))
+            match = re.fullmatch(pattern + KINDS, str(name))
             if match and isinstance(tensor, torch.Tensor):
-                layer = theirs.removeprefix("norm of ")
-                kind = match[2] if layer == theirs else f"norm.{match[2]}"
-                found[f"{layer}{int(match[1]) + offset}.{kind}"] = tensor
+                found[f"{theirs.format(int(match[1]) + offset)}.{match[2]}"] = tensor
     return found
 
 
