@@ -156,13 +156,16 @@ def test_linear_optimiser_and_first_weights(classes, tmp_path, monkeypatch, caps
     assert "lr 0.1 = 3.2 x 8/256" in capsys.readouterr().out
 
 
-def test_linear_autocast_is_of_the_backbone_alone(classes, tmp_path):
+def test_linear_autocast_is_of_the_backbone_alone(classes, tmp_path, monkeypatch):
     x = torch.randint(0, 256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     trunk = frozen.frozen_trunk("random", "resnet18", 0, torch.device("cpu"))[0]
     full, half = linear.features(trunk, x), linear.features(trunk, x, "bf16")
     assert half.dtype == torch.float32 and not torch.equal(full, half)
     torch.testing.assert_close(half, full, rtol=0.05, atol=0.01)
+    real, seen = linear.features, []
+    monkeypatch.setattr(linear, "features", lambda trunk, x, amp: seen.append(amp) or real(trunk, x, amp))
     probe(classes, tmp_path, "--amp", "bf16", "--steps", "2")
+    assert seen == ["bf16"] * (2 + 3)  # two steps, three batches of test images
     state = torch.load(tmp_path / "checkpoint.pth")
     assert state["model"]["weight"].dtype == torch.float32 and state["settings"]["amp"] == "bf16"
     assert "amp 'bf16' -> 'none'" in error_of(linear.main, "--data", classes, "--output-dir", tmp_path, *TINY)
