@@ -445,10 +445,14 @@ class Batches(torch.utils.data.Sampler):
 
 
 class BadImages:
-    """Names every unreadable image once and stops the run when there are too many (more than 1 % and more than one)."""
+    """Names every unreadable image once and stops the run when there are too many (more than 1 % and more than one).
 
-    def __init__(self, source, found=()):
-        self.source, self.found, self.new = source, set(found), set()
+    Args:
+        source: of the images. found: those named before. outcome: what becomes of one, for the message.
+    """
+
+    def __init__(self, source, found=(), outcome="another one takes its place"):
+        self.source, self.found, self.new, self.outcome = source, set(found), set(), outcome
 
     def note(self, indices, passed):
         """Args: (N,) int64 each, as the loader gives them: see ImageFolder."""
@@ -465,7 +469,7 @@ class BadImages:
         self.found |= new
         self.new = set()
         for index in sorted(new):
-            print0(f"unreadable image, another one takes its place: {self.source.name(index)}")
+            print0(f"unreadable image, {self.outcome}: {self.source.name(index)}")
         if len(self.found) > max(1, len(self.source) // 100):
             raise UserError(
                 f"{len(self.found)} of {len(self.source)} images cannot be read (more than 1 %): mend or remove them; "
@@ -585,7 +589,8 @@ def load_checkpoint_file(path):
         raise UserError(f"{path}: no such file") from None
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a checkpoint that can be read safely ({reason[:150]})") from None
+        reason = reason.split(". ")[0][:150]  # torch's advice to switch safety off comes after it
+        raise UserError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
 
 
 def load_backbone(source, arch):
@@ -959,8 +964,8 @@ def draw_curves(folder, panels):
     except UserError:
         print0("matplotlib is not installed: no curves.png")
         return
-    lines = [line for line in read_log(os.path.join(folder, "log.jsonl")) if "loss" in line]
-    if not lines:
+    lines = [line for line in read_log(os.path.join(folder, "log.jsonl")) if "step" in line]
+    if not any("loss" in line for line in lines):
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
@@ -968,7 +973,8 @@ def draw_curves(folder, panels):
             key = name.removeprefix("=")
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), "k--" if name != key else "-", lw=1.2, label=key)
+                style = "k--" if name != key else "-" if len(points) > 20 else ".-"
+                axis.plot(*zip(*points, strict=True), style, lw=1.2, label=key)
                 axis.legend(fontsize=7)
         axis.set(title=title, xlabel="step")
     save_figure(figure, os.path.join(folder, "curves.png"), dpi=110)

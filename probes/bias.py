@@ -83,7 +83,11 @@ def get_args(argv=None):
 
 
 def parse_weights(words):
-    """["ours=a.pth", "b.pth", "random"] -> {"ours": "a.pth", "b": "b.pth", "random": "random"}. Errors: UserError, names twice."""
+    """["ours=a.pth", "b.pth"] -> {"ours": "a.pth", "b": "b.pth", "random": "random"}: random initialisation is always there.
+
+    Errors:
+        UserError: no name; one that stands for something else already.
+    """
     found = {}
     for word in words:
         name, equals, source = word.partition("=")
@@ -91,9 +95,11 @@ def parse_weights(words):
             name, source = os.path.splitext(os.path.basename(word))[0], word
         if not name or not source:
             raise UserError(f"--weights {word}: write NAME=FILE")
-        if name in found:
-            raise UserError(f"--weights {word}: a second {name}: write NAME=FILE with names of their own")
+        if name in found or name == "random" != source:
+            raise UserError(f"--weights {word}: {name} is another one's name: write NAME=FILE with names of their own")
         found[name] = source
+    if "random" not in found.values():
+        found["random"] = "random"  # PAPER: section 3.2 sets the others against random initialisation
     return found
 
 
@@ -331,11 +337,10 @@ def main(argv=None):
     common.pyplot()  # to miss it now and not after the work
     count = scene_count(args.data)
     objects = SceneObjects(HELD_OUT, count, SCENE, args.seed) if count else CocoObjects(args.data, args.split, True)
+    if not count and len(np.unique(objects.labels)) < 2:
+        raise UserError(f"--data {args.data}: all objects are of one category, a pair needs two")
     trunks = {}
-    weights = parse_weights(args.weights)
-    if "random" not in weights.values():
-        weights.setdefault("random", "random")  # PAPER: section 3.2 sets the others against random initialisation
-    for name, source in weights.items():
+    for name, source in parse_weights(args.weights).items():
         trunks[name], _, line = frozen_trunk(source, args.arch, args.seed, device)
         print(f"{name}: {line}", flush=True)
     canvases = Canvases(objects, args.pair_size, args.grid_size, args.cut, args.seed)

@@ -67,17 +67,21 @@ class Annotated(NamedTuple):
     mask: Callable  # mask(row) -> (H, W) bool, the object's own pixels; None if only its box is annotated
 
 
+class WrongSize(OSError):
+    """An image that is not as large as its annotations say: its boxes would lie elsewhere."""
+
+
 class CocoObjects:
     """The images of one COCO-format file that have objects: DATA/annotations/instances_SPLIT.json, DATA/SPLIT/*.jpg.
 
     AMBIGUOUS: D34. Crowds, which are no single objects, are left out; so are boxes without area.
 
-    `self[index]` is Annotated; OSError where the image cannot be read or has another size than annotated.
+    `self[index]` is Annotated; OSError where the image cannot be read, WrongSize where it has not the annotated size.
 
     Args:
         root, split: DATA and SPLIT. masks: keep the outlines in memory too.
     Errors:
-        UserError: no such files, not COCO's format, no objects.
+        UserError: no such files, not COCO's format, no objects; the first image is not as large as annotated.
     """
 
     def __init__(self, root, split, masks=False):
@@ -115,6 +119,12 @@ class CocoObjects:
         self.ends = np.cumsum(counts)
         self.sizes, self.files = sizes[has].astype(np.int64), np.array([files[row] for row in has])
         self.outlines = [found[row].get("segmentation") for row in order] if masks else None
+        try:
+            self[0]
+        except WrongSize as error:  # of one image, it will be so of all
+            raise UserError(f"{self.name(0)}: {error}: give the images that {path} was made for") from None
+        except OSError:
+            pass  # said when it is its turn
 
     def __len__(self):
         return len(self.files)
@@ -125,7 +135,7 @@ class CocoObjects:
     def __getitem__(self, index):
         image = common.read_image(os.path.join(self.folder, self.name(index)))
         if image.size != tuple(self.sizes[index]):
-            raise OSError(f"{image.size} pixels, annotated as {tuple(self.sizes[index])}")
+            raise WrongSize("{} x {} pixels, annotated as {} x {}".format(*image.size, *self.sizes[index]))
         first, end = self.ends[index - 1] if index else 0, self.ends[index]
         boxes, labels = torch.from_numpy(self.boxes[first:end]), torch.from_numpy(self.labels[first:end])
         return Annotated(image, boxes, labels, lambda row: self.mask(first + row, *image.size))

@@ -74,7 +74,7 @@ def get_args(argv=None):
 
 
 def learning_rate(preset, lr, epoch, epochs):
-    """The rate of an epoch: cosine (PAPER: SetSim A.2), or MoCo's steps, x 0.1 at 60 and 80 of 100 (PAPER: ReSim A.2)."""
+    """The rate of an epoch: cosine (PAPER: SetSim A.2), or MoCo's steps, x 0.1 at 60 and 80 of 100 (ReSim, too)."""
     if preset == "setsim":
         return common.cosine_lr(lr, epoch, epochs)
     return lr * 0.1 ** ((10 * epoch >= 6 * epochs) + (10 * epoch >= 8 * epochs))
@@ -175,6 +175,8 @@ def evaluate(trunk, fc, loader, amp, bad, world, stop_signal):
 
     Returns:
         {"top1", "top5" in percent, "images"}; None after a signal: what came so far is dropped.
+    Errors:
+        UserError: no image can be read.
     """
     right, count = torch.zeros(2, dtype=torch.int64), 0
     batches = common.progress(loader, len(loader), what="batches of test images") if world.rank == 0 else loader
@@ -190,7 +192,11 @@ def evaluate(trunk, fc, loader, amp, bad, world, stop_signal):
     stop, unreadable, count, *right = common.agree(stop_signal.arrived, len(bad.new), count, *right.tolist())
     if unreadable:
         bad.share()
-    return None if stop else {"top1": 100 * right[0] / count, "top5": 100 * right[1] / count, "images": count}
+    if stop:
+        return None
+    if not count:
+        raise UserError(f"none of the {len(bad.source)} test images can be read")
+    return {"top1": 100 * right[0] / count, "top5": 100 * right[1] / count, "images": count}
 
 
 # ======================================================================================================================
@@ -258,13 +264,15 @@ def main(argv=None):
     lr = args.lr * args.batch_size / 256  # DEVIATION: B4. MoCo and released ReSim leave scaling to their user
     optimizer = torch.optim.SGD(fc.parameters(), lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     step, results = 0, []  # results: one {"epoch", "step", "top1", "top5", "images"} for each evaluation
-    bad, bad_tests = common.BadImages(images), common.BadImages(tests)
+    unreadable = [], []  # those named before, of train and of val
     if state:
         fc.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, results = state["step"], state["results"]
-        bad, bad_tests = (common.BadImages(*pair) for pair in zip((images, tests), state["bad_images"], strict=True))
+        unreadable = state["bad_images"]
         print0(f"continued from step {step}; another --output-dir begins a new run")
+    bad = common.BadImages(images, unreadable[0])
+    bad_tests = common.BadImages(tests, unreadable[1], outcome="it is left out")
     network = common.wrap_distributed(fc, world)
 
     # start ------------------------------------------------------------------------------------------------------------
@@ -349,8 +357,7 @@ def main(argv=None):
         if due() and not stop:
             stop = not end_epoch()
         if logging:
-            tested = {name: results[-1][name] for name in ("top1", "top5")} if results else {}
-            log.step(step, line | tested | {"bad_images": len(bad.found)}, shown(line))
+            log.step(step, line | {"bad_images": len(bad.found)}, shown(line))
             meter.reset()
         if stop:
             break

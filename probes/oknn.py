@@ -3,7 +3,7 @@
 
 Qiu et al., "De-coupling and De-positioning Dense Self-supervised Learning", 2023, section 5.3, Table 4. Every annotated
 object of the evaluation set is classified by its k nearest neighbours among objects of the training set; disturbed: all
-that lies outside the objects' boxes is another image.
+that lies outside the boxes of these objects is another image.
 
     image --(disturb)--> x --frozen ResNet--> C5 --RoIAlign 7x7 of each box--> mean over cells, unit length --> z
     z of an evaluation object --cosines with the bank of training objects--> k nearest, weighed exp(cosine/tau) --> classes
@@ -128,8 +128,12 @@ class Variants(torch.utils.data.Dataset):
         if not self.disturbed:
             return x[None], boxes, labels, index, passed
         # AMBIGUOUS: D35. The "randomly sampled image" is one of the same split, cut to the size from its middle.
-        another = (index + 1 + torch.randint(len(self) - 1, (), generator=rng).item()) % len(self)
-        other = ImageOps.fit(readable(self.objects, another)[0].image, resized.size, Image.Resampling.BILINEAR)
+        for _ in range(common.TRIES):
+            another = (index + 1 + torch.randint(len(self) - 1, (), generator=rng).item()) % len(self)
+            other, further = readable(self.objects, another)
+            if (another + further - index) % len(self):
+                break  # it is not the image itself, that stands in for an unreadable one
+        other = ImageOps.fit(other.image, resized.size, Image.Resampling.BILINEAR)
         return torch.stack([x, disturb(x, boxes, TF.pil_to_tensor(other))]), boxes, labels, index, passed
 
 
@@ -168,7 +172,7 @@ def all_features(trunk, variants, where, workers, device, title):
     Errors:
         UserError: more than 1 % of the images cannot be read.
     """
-    bad = common.BadImages(variants.objects)
+    bad = common.BadImages(variants.objects, outcome="it is left out")
     loader = torch.utils.data.DataLoader(
         variants,
         batch_size=None,

@@ -1,5 +1,6 @@
 """probes/: linear evaluation, object k-NN, coupling rate and positional bias."""
 
+import argparse
 import json
 import math
 import os
@@ -138,6 +139,83 @@ def test_linear_schedules():
     assert [linear.learning_rate("setsim", 30, e, 90) for e in (0, 45, 60)] == pytest.approx([30, 15, 7.5])
 
 
+def test_linear_trains_at_the_schedules_rates(classes, finished, tmp_path):
+    """Each step at the rate of its epoch; 8 of 256 images make 1/32 of --lr."""
+    rates = [(line["step"], 32 * line["lr"]) for line in log_lines(finished) if "loss" in line]
+    cosine = [(1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3)]
+    assert rates == [(step, pytest.approx(cosine[(step - 1) // 3])) for step in (2, 3, 4, 6, 8, 9)]
+    probe(classes, tmp_path, "--preset", "moco", "--epochs", "5", "--print-freq", "3")
+    rates = [32 * line["lr"] for line in log_lines(tmp_path) if "loss" in line]
+    assert rates == pytest.approx([1, 1, 1, 0.1, 0.01])  # 60 and 80 % of five epochs
+
+
+def test_linear_counts_what_is_right(monkeypatch, capsys):
+    """Top-1 and top-5 of seven classes against a loop; what stands in for an unreadable image is not counted."""
+    rng = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(50, 7, generator=rng), torch.randint(7, (50,), generator=rng)
+    passed = torch.zeros(50, dtype=torch.int64)
+    passed[20] = 1
+    batches = [
+        (logits[i : i + 8], labels[i : i + 8], torch.arange(i, min(i + 8, 50)), passed[i : i + 8])
+        for i in range(0, 50, 8)
+    ]
+    monkeypatch.setattr(linear, "features", lambda trunk, x, amp: x)
+    world = common.World(0, 1, 0, torch.device("cpu"))
+    bad = common.BadImages(Numbers(50), outcome="it is left out")
+    found = linear.evaluate(None, nn.Identity(), batches, "none", bad, world, argparse.Namespace(arrived=False))
+    ranks = [sum(row[c] > row[label] for c in range(7)) for row, label in zip(logits, labels, strict=True)]
+    ranks = [rank for i, rank in enumerate(ranks) if i != 20]
+    wanted = {f"top{n}": 100 * sum(rank < n for rank in ranks) / 49 for n in (1, 5)}
+    assert found == {name: pytest.approx(value) for name, value in wanted.items()} | {"images": 49}
+    assert 0 < found["top1"] < found["top5"] < 100
+    assert capsys.readouterr().out == "unreadable image, it is left out: 20\n"
+    with pytest.raises(common.UserError, match="none of the 1 test images can be read"):
+        bad = common.BadImages(Numbers(1))
+        one = [(logits[:1], labels[:1], torch.tensor([0]), torch.tensor([1]))]
+        linear.evaluate(None, nn.Identity(), one, "none", bad, world, argparse.Namespace(arrived=False))
+
+
+class Numbers:
+    """Images whose names are their numbers."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def name(self, index):
+        return str(index)
+
+
+def test_linear_reports_the_last_and_the_best_evaluation():
+    results = [
+        {"epoch": e, "step": 3 * e, "top1": top1, "top5": 90 + e, "images": 7}
+        for e, top1 in ((1, 50), (2, 70), (3, 60))
+    ]
+    report = linear.report(results)
+    assert (report["top1"], report["top5"], report["best_top1"], report["best_epoch"]) == (60, 93, 70, 2)
+    assert report["evaluations"] == results
+    assert (
+        linear.summary(results) == "top-1 60.00 top-5 93.00 on 7 images after epoch 3, best top-1 70.00 after epoch 2"
+    )
+
+
+def test_linear_saves_within_an_epoch(classes, tmp_path, monkeypatch):
+    real, calls = linear.features, []
+
+    def third_time_killed(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(linear, "features", third_time_killed)
+    with pytest.raises(KeyboardInterrupt):
+        probe(classes, tmp_path, "--save-every", "2")
+    assert checkpoint(tmp_path)["step"] == 2
+
+
 def test_linear_optimiser_and_first_weights(classes, tmp_path, monkeypatch, capsys):
     made, sgd = [], torch.optim.SGD
 
@@ -251,6 +329,7 @@ def test_linear_interrupted_equals_uninterrupted(classes, finished, tmp_path, ca
     assert "finished, at step 9 of 9: top-1 100.00 top-5 100.00 on 21 images after epoch 3" in capsys.readouterr().out
     assert_same(before, checkpoint(tmp_path))
     assert [line["step"] for line in log_lines(tmp_path) if "images" in line] == [3, 6, 9]
+    assert [line["step"] for line in log_lines(tmp_path) if "top1" in line] == [3, 6, 9]
 
 
 def test_linear_signal_between_two_steps(classes, finished, tmp_path, monkeypatch):
@@ -298,8 +377,10 @@ def test_linear_unreadable_images_lend_no_label(classes, tmp_path, capsys):
     images = linear.ClassFolder(str(data / "train"))
     x, label, index, passed = linear.Crops(images, 32, 0, False)[0, 9]
     assert (label, index, passed) == (1, 9, 1)
-    probe(data, tmp_path / "out", "--epochs", "2")
-    assert capsys.readouterr().out.count("unreadable image, another one takes its place: a") == 1
+    probe(data, tmp_path / "out", "--steps", "4")
+    probe(data, tmp_path / "out")  # what was named is not named again
+    text = capsys.readouterr().out
+    assert text.count("unreadable image") == 1 and "unreadable image, another one takes its place: a" in text
 
 
 def test_linear_bad_input(classes, finished, tmp_path):
@@ -385,6 +466,9 @@ def test_coco_objects(coco):
     wanted[y0 : (y0 + y1) // 2, x0:x1] = True
     assert (item.mask(2) == wanted).mean() > 0.99
     item = objects[5]
+    for row, (x0, y0, x1, y1) in enumerate(item.boxes.int().tolist()):  # the outlines of this image, not of another
+        mask = item.mask(row)
+        assert mask[y0 : (y0 + y1) // 2, x0:x1].all() and mask.sum() <= (x1 - x0 + 1) * ((y1 - y0) // 2 + 1)
     pixel = np.asarray(item.image)[int(item.boxes[0, 1]) + 5, int(item.boxes[0, 0]) + 5]
     assert np.argmax(pixel) == [3, 7, 40].index(item.labels[0])  # of this image, not of another
     assert frozen.CocoObjects(str(coco), "train2017")[5].mask(0) is None
@@ -432,6 +516,12 @@ def test_images_that_do_not_fit_their_annotations(coco, tmp_path):
     objects = frozen.CocoObjects(str(tmp_path / "coco"), "val2017")
     with pytest.raises(OSError, match="annotated as"):
         objects[4]
+    Image.new("RGB", (50, 50)).save(tmp_path / "coco" / "val2017" / "000.png")
+    with pytest.raises(
+        common.UserError,
+        match=r"000.png: 50 x 50 pixels, annotated as 96 x 72: give the images that .*2017.json was made for",
+    ):
+        frozen.CocoObjects(str(tmp_path / "coco"), "val2017")  # resized images beside the old annotations
     item, passed = frozen.readable(objects, 4)
     assert passed == 1 and torch.equal(item.boxes, objects[5].boxes)
     shutil.rmtree(tmp_path / "coco" / "val2017")
@@ -573,6 +663,31 @@ def test_variants(coco):
     assert len(chosen) == 3  # each object has its turn
 
 
+def test_the_other_image_is_drawn_and_never_the_image_itself(coco, tmp_path, monkeypatch):
+    """Also where the one that was drawn cannot be read, and its neighbour would be the image itself."""
+    shutil.copytree(coco, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "val2017" / "000.png").write_bytes(b"broken")
+    objects, real, drawn = frozen.CocoObjects(str(tmp_path), "val2017"), oknn.readable, []
+    monkeypatch.setattr(oknn, "readable", lambda *args: drawn.append((args[1], real(*args)[1])) or real(*args))
+    others = set()
+    for seed in range(40):
+        drawn.clear()
+        variants = oknn.Variants(objects, 64, None, True, seed, "queries")
+        x = variants[1][0]
+        index, passed = drawn[-1]
+        others.add((index + passed) % 9)
+        other = ImageOps.fit(objects[(index + passed) % 9].image, x.shape[:1:-1], Image.Resampling.BILINEAR)
+        changed = (x[1] != x[0]).any(0)
+        assert torch.equal(x[1][:, changed], TF.pil_to_tensor(other)[:, changed]) and changed.float().mean() > 0.2
+    assert others == {2, 3, 4, 5, 6, 7, 8}
+
+
+def test_scenes_of_bank_and_queries_are_different_ones():
+    bank, queries, classes = oknn.open_sets(oknn.get_args("--data scenes:8 --weights random".split()))
+    names = [{objects.name(i) for i in range(len(objects))} for objects in (bank, queries)]
+    assert len(names[0]) == 8 and len(names[1]) == 2 and not names[0] & names[1] and classes == 11
+
+
 class Blocks(nn.Module):
     """A trunk whose cells see their own pixels alone: colours averaged over squares of the stride, then mixed."""
 
@@ -609,15 +724,17 @@ def test_object_features():
 
 
 def test_object_features_are_pooled_from_seven_by_seven():
-    """PAPER: 7 x 7. A ramp across C5: the mean of RoIAlign's samples is the ramp's value at the middle of the box."""
+    """PAPER: 7 x 7. A parabola across C5: its mean over seven samples, between cells interpolated, is not that over six."""
 
-    class Ramp(nn.Module):
+    class Parabola(nn.Module):
         def forward(self, x, stages=4):
-            return [None, None, None, torch.stack([torch.ones(14, 14), torch.arange(14.0).expand(14, 14)])[None]]
+            return [None, None, None, torch.stack([torch.ones(14, 14), torch.arange(14.0).expand(14, 14) ** 2])[None]]
 
     box = torch.tensor([[64.0, 64, 256, 256]])  # cells 2 to 8
-    z = oknn.object_features(Ramp(), torch.zeros(1, 3, 448, 448, dtype=torch.uint8), box, "c5")[0, 0]
-    assert (z[1] / z[0]).item() == pytest.approx(4.5)  # the middle of [2, 8] lies between cells 4 and 5
+    z = oknn.object_features(Parabola(), torch.zeros(1, 3, 448, 448, dtype=torch.uint8), box, "c5")[0, 0]
+    places = [2 + 6 * (i + 0.5) / 7 - 0.5 for i in range(7)]  # cell i has its middle at i + 0.5
+    wanted = np.interp(places, np.arange(14), np.arange(14) ** 2).mean()
+    assert (z[1] / z[0]).item() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_labels_hold_no_file_of_a_worker_open(coco):
@@ -652,6 +769,29 @@ def test_oknn_finds_objects_and_is_reproducible(coco, tmp_path, monkeypatch):
     monkeypatch.setattr(oknn, "frozen_trunk", lambda *_: (Blocks((4, 8, 16, 32)), None, "blocks"))
     found = object_knn(coco, tmp_path, "--size", "256")
     assert found["O-KNN"]["top1"] == 100 and found["O-KNN"]["top5"] == 100
+
+
+def test_oknn_settings_reach_the_vote(coco, tmp_path, monkeypatch):
+    """k and tau as given; the most frequent class is the bank's, not that of the queries."""
+    shutil.copytree(coco, tmp_path / "coco")
+    for split, instead in (("train2017", 7), ("val2017", 3)):  # of 40: so that each split has another majority
+        path = tmp_path / "coco" / "annotations" / f"instances_{split}.json"
+        content = json.loads(path.read_text())
+        for annotation in content["annotations"]:
+            annotation["category_id"] = instead if annotation["category_id"] == 40 else annotation["category_id"]
+        path.write_text(json.dumps(content))
+    seen, nobody, vote = [], oknn.nobody, oknn.vote
+    monkeypatch.setattr(oknn, "nobody", lambda queries, k: seen.append(k) or nobody(queries, k))
+    monkeypatch.setattr(oknn, "vote", lambda *args: seen.append(args[-1]) or vote(*args))
+    found = object_knn(tmp_path / "coco", tmp_path / "out", "--neighbours", "3", "--temperature", "0.5")
+    assert seen == [3, 3, 0.5, 0.5] and found["majority"] == pytest.approx(100 / 3)
+
+
+def test_oknn_leaves_unreadable_images_out(coco, tmp_path, capsys):
+    shutil.copytree(coco, tmp_path / "coco")
+    (tmp_path / "coco" / "val2017" / "004.png").write_bytes(b"broken")
+    found = object_knn(tmp_path / "coco", tmp_path / "out")
+    assert found["queries"] == 27 - 3 and "unreadable image, it is left out: 004.png" in capsys.readouterr().out
 
 
 def test_oknn_disturbs_bank_and_queries_or_the_queries_alone(coco, tmp_path, monkeypatch):
@@ -842,10 +982,11 @@ def test_a_neighbour_in_the_feature_of_a_raises_cr():
 
 
 def test_names_of_weights():
-    words = ["ours=runs/a=b.pth", "random", "dir/resnet50.pth", "x=imagenet"]
-    found = {"ours": "runs/a=b.pth", "random": "random", "resnet50": "dir/resnet50.pth", "x": "imagenet"}
-    assert bias.parse_weights(words) == found
-    for words in (["a/resnet50.pth", "b/resnet50.pth"], ["=x.pth"], ["x="]):
+    words = ["ours=runs/a=b.pth", "dir/resnet50.pth", "x=imagenet"]
+    found = {"ours": "runs/a=b.pth", "resnet50": "dir/resnet50.pth", "x": "imagenet", "random": "random"}
+    assert bias.parse_weights(words) == bias.parse_weights([*words, "random"]) == found
+    assert bias.parse_weights(["init=random"]) == {"init": "random"}
+    for words in (["a/resnet50.pth", "b/resnet50.pth"], ["=x.pth"], ["x="], ["random=a.pth"]):
         with pytest.raises(common.UserError, match="write NAME=FILE"):
             bias.parse_weights(words)
 
@@ -870,10 +1011,38 @@ def test_bias_compares_backbones_and_draws(tmp_path, capsys):
     assert text.count("CR ") == 2 and f"{results['random']['CR']['C5']['mean']:.3f} +-" in text
     bias.main([*flags, "--weights", f"other={tmp_path / 'other.pth'}"])  # random initialisation comes by itself
     assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == results
-    bias.main([*flags, "--weights", f"random={tmp_path / 'other.pth'}"])
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == {"random": results["other"]}
     assert not common.pyplot().get_fignums()
     assert "multiple of 32" in error_of(bias.main, *flags, "--weights", "random", "--grid-size", "48")
+
+
+def test_bias_draws_what_it_measures_on_the_canvases_asked_for(coco, tmp_path, monkeypatch):
+    """Each plot has the curves of its own measure; flags reach the canvases; pairs need two categories."""
+    figures, asked = {}, []
+    monkeypatch.setattr(
+        bias.common, "save_figure", lambda figure, path, dpi: figures.update({os.path.basename(path): figure})
+    )
+    canvases = bias.Canvases
+    monkeypatch.setattr(bias, "Canvases", lambda *args: asked.append(args[1:]) or canvases(*args))
+    flags = ["--data", str(coco), *BIAS, "--count", "3", "--output-dir", str(tmp_path), "--weights", "random"]
+    monkeypatch.setattr(bias, "SMALLEST", 16)
+    bias.main([*flags, "--cut", "box", "--seed", "5"])
+    bias.main(flags)
+    assert asked == [(64, 32, "box", 5), (64, 32, "mask", 0)]
+    result = json.loads((tmp_path / "results.json").read_text())["results"]["random"]
+    for axis, kind, title in zip(
+        figures["bias.png"].axes, ("CR", "MCS"), ("coupling rate", "mean cosine similarity"), strict=True
+    ):
+        (container,) = axis.containers
+        assert axis.get_title() == title and container.get_label() == "random"
+        assert container.lines[0].get_ydata().tolist() == [stage["mean"] for stage in result[kind].values()]
+        bars = [np.ptp(segment[:, 1]) / 4 for segment in container.lines[2][0].get_segments()]
+        assert bars == pytest.approx([stage["error"] for stage in result[kind].values()])
+    path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    shutil.copytree(coco, tmp_path / "coco")
+    path.write_text(re.sub('"category_id": [0-9]+', '"category_id": 3', path.read_text()))
+    message = error_of(bias.main, "--data", tmp_path / "coco", *BIAS, "--output-dir", tmp_path, "--weights", "random")
+    assert "all objects are of one category, a pair needs two" in message
+    common.pyplot().close("all")
 
 
 def test_bias_where_a_measure_does_not_exist(tmp_path, capsys, monkeypatch):

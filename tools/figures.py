@@ -27,7 +27,7 @@ from probes.frozen import frozen_trunk
 
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito's, without the yellow
 STYLES = ("-", "--", ":")  # where there are more runs than colours
-NOT_DRAWN = "step epoch images_per_s data_share bad_images cells objects".split()
+NOT_DRAWN = "step epoch images_per_s data_share bad_images images cells objects".split()
 THRESHOLD = 0.7  # PAPER: SetSim's delta, for backbones that come without one
 LONG_SIDE = 400  # pixels of a picture in a column
 
