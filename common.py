@@ -597,8 +597,9 @@ def load_backbone(source, arch):
     """The ResNet inside any checkpoint, under torchvision's own names.
 
     Understood are our own files and, whatever wraps them, the layouts of MoCo, SetSim, ReSim, DenseCL, PixPro, SoCo,
-    SimSiam, SwAV, DINO, InfoMin and torchvision: the place is found from where `conv1.weight` and `layer4` lie. Where a
-    file holds two networks, the query, online or teacher one is taken (each method's choice for transfer).
+    SimSiam, SwAV, DINO, InfoMin and torchvision, detectors included: the place is found from where `conv1.weight` and
+    `layer4` lie. Where a file holds two networks, the query, online or teacher one is taken (each method's choice for
+    transfer).
 
     Args:
         source: a file, or "imagenet" for torchvision's supervised weights (IMAGENET1K_V1).
@@ -618,39 +619,45 @@ def load_backbone(source, arch):
     else:
         checkpoint = load_checkpoint_file(source)
 
-    places = []  # (container, dict, prefix): everywhere that a ResNet stands
+    places = []  # (container, dict, prefix, prefix of layer4): everywhere that a ResNet stands
 
     def search(container, values):
         if not isinstance(values, dict):
             return
         names = [name for name in values if isinstance(name, str)]
-        for name in names:
-            prefix = name.removesuffix("conv1.weight")
-            if name != prefix and prefix[-1:] in ("", ".") and f"{prefix}layer4.0.conv1.weight" in values:
-                places.append((container, values, prefix))
+        prefixes = [name.removesuffix("conv1.weight") for name in names if name.endswith("conv1.weight")]
+        prefixes = [prefix for prefix in prefixes if f"{prefix}layer3.0.conv1.weight" in values]
+        tails = [name.removesuffix("layer4.0.conv1.weight") for name in names if name.endswith("layer4.0.conv1.weight")]
+        for prefix in prefixes:
+            if prefix in tails:
+                places.append((container, values, prefix, prefix))
+            elif len(tails) == 1 and tails[0] not in prefixes:  # detectors on C4 have the last stage in the head
+                places.append((container, values, prefix, tails[0]))
         for name in names:
             search(f"{container}{name}.", values[name])
 
     search("", checkpoint)
     if not places:
-        raise UserError(f"{source}: there is no ResNet in it (no '...conv1.weight' beside '...layer4.0.conv1.weight')")
+        raise UserError(f"{source}: there is no ResNet in it (no '...conv1.weight' with a '...layer4.0.conv1.weight')")
     second = ("encoder_k", "key", "student", "model_ema", "target", "momentum", "encoder_ema")
-    container, values, prefix = min(places, key=lambda p: any(w in (p[0] + p[2]).split(".") for w in second))
+    container, values, prefix, tail = min(places, key=lambda p: any(w in (p[0] + p[2]).split(".") for w in second))
 
-    state = {name: values.get(prefix + name) for name in wanted}
+    place = {name: (tail if name.startswith("layer4.") else prefix) + name for name in wanted}
+    state = {name: values.get(place[name]) for name in wanted}
     for name, tensor in wanted.items():
         if state[name] is None and name.endswith("num_batches_tracked"):  # files older than PyTorch 0.4.1 lack them
             state[name] = torch.zeros((), dtype=torch.int64)
         elif not isinstance(state[name], torch.Tensor):
-            raise UserError(f"{source}: {prefix}{name} is missing, so this is not a whole {arch}: check --arch")
+            raise UserError(f"{source}: {place[name]} is missing, so this is not a whole {arch}: check --arch")
         elif state[name].shape != tensor.shape:
             raise UserError(
-                f"{source}: {prefix}{name} is {tuple(state[name].shape)}, {arch} has {tuple(tensor.shape)}: check --arch"
+                f"{source}: {place[name]} is {tuple(state[name].shape)}, {arch} has {tuple(tensor.shape)}: check --arch"
             )
         elif not torch.isfinite(state[name]).all():
-            raise UserError(f"{source}: {prefix}{name} is not finite")
+            raise UserError(f"{source}: {place[name]} is not finite")
     where = f"'{container}{prefix}*'" if container + prefix else "the top level"
-    left = len(values) - sum(prefix + name in values for name in wanted)
+    where += f" and '{container}{tail}layer4.*'" if tail != prefix else ""
+    left = len(values) - sum(name in values for name in place.values())
     line = f"backbone: {len(state)} tensors of {arch} from {source}, {where}; {left} others beside them not used"
     return state, line
 

@@ -311,6 +311,8 @@ LAYOUTS = {
     "swav": prefixed("module.", GOOD | {"projection_head.0.weight": torch.zeros(2), "prototypes.weight": torch.zeros(2)}),
     "dino": {"student": prefixed("module.backbone.", OTHER), "teacher": prefixed("backbone.", GOOD), "args": argparse.Namespace(out=pathlib.PosixPath("x"))},
     "infomin": {"model": prefixed("module.encoder.", GOOD) | prefixed("module.head.", HEAD), "best": np.float64(3)},
+    "detector on C4": prefixed("backbone.", {k: v for k, v in GOOD.items() if not k.startswith("layer4.")})
+    | prefixed("roi_heads.box_head.", {k: v for k, v in GOOD.items() if k.startswith("layer4.")} | HEAD),
     "ours": {"script": "setsim", "model": prefixed("key.trunk.", OTHER) | prefixed("query.trunk.", GOOD)},
 }  # fmt: skip
 
@@ -322,7 +324,7 @@ def test_load_backbone_understands(layout, legacy, tmp_path):
     weights, line = common.load_backbone(tmp_path / "file.pth", "resnet18")
     assert weights.keys() == GOOD.keys() and all(torch.equal(weights[name], GOOD[name]) for name in GOOD)
     assert "file.pth" in line and "120 tensors" in line
-    left = {"plain": 1, "moco": 123, "ours": 120}
+    left = {"plain": 1, "moco": 123, "ours": 120, "detector on C4": 2}
     assert layout not in left or f"; {left[layout]} others" in line
     common.ResNetTrunk("resnet18").load_state_dict(weights)
 

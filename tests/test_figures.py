@@ -67,7 +67,8 @@ def log_of(start, chance, **others):
     lines += [{"step": 0, "probe": {"hits": 0.2 + start / 100, "chance": 0.125, "cells": 77}}]
     for step in (10, 20, 30):
         values = {"loss": start - step / 40, "lr": 0.5, "std_image": 0.01 * step, "images_per_s": 88.0, "bad_images": 0}
-        lines.append({"step": step, "epoch": 0.25, **values, "loss_chance": chance, "std_spread": 0.0625, **others})
+        values |= {"loss_chance": chance and chance + step / 100, "std_spread": 0.0625, "data_share": 0.5, "objects": 9}
+        lines.append({"step": step, "epoch": 0.25, **values, **others})
     return [*lines, {"step": 30, "probe": {"hits": 0.5 + start / 100, "chance": 0.125, "cells": 77}}]
 
 
@@ -98,11 +99,20 @@ def test_yardsticks_are_dashed_in_the_panels_they_belong_to(tmp_path):
     two = write_lines(tmp_path / "two" / "log.jsonl", log_of(3.0, None))
     figure = drawn("curves", one, two)
     dashed = {name: {k: v for k, v in lines_of(axis).items() if ": " in k} for name, axis in panels(figure).items()}
-    assert dashed["loss"] == {"one: loss_chance": [(0, 6.5), (1, 6.5)]}  # the second has none, as SimSiam
+    assert dashed["loss"] == {"one: loss_chance": [(0, 6.8), (1, 6.8)]}  # the last; the second has none, as SimSiam
     assert dashed["std_image"] == {f"{name}: std_spread": [(0, 0.0625), (1, 0.0625)] for name in ("one", "two")}
     assert dashed["hits"] == {f"{name}: chance": [(0, 0.125), (1, 0.125)] for name in ("one", "two")}
     assert dashed["lr"] == {}
     assert figure.axes[1].get_title() == "loss (dashed: loss_chance)"
+    for axis in figure.axes:
+        for line in axis.get_lines():
+            assert (line.get_linestyle() == "--") == (": " in line.get_label())
+            assert line.get_linewidth() < 1 or ": " not in line.get_label()
+
+
+def test_many_runs_are_told_apart():
+    styles = [tuple(figures.line_of(place).values()) for place in range(20)]
+    assert len(set(styles)) == 20
 
 
 def test_each_methods_yardsticks_are_those_of_its_own_curves():
@@ -169,6 +179,10 @@ def test_ap_is_the_mean_over_trials_and_the_gain_is_over_the_first_run(tmp_path)
         for container, name in zip(found[f"{kind}: gain over base"].containers, trials, strict=True):
             assert np.allclose(container.lines[0].get_ydata(), means[name] - means["base"])
             assert not half(container.lines[2]).size  # unknown with one trial of base
+    assert [found[f"{kind}: AP"].get_xlabel() for kind in ("box", "keypoints")] == [
+        "threshold of IoU",
+        "threshold of OKS",
+    ]
     texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert texts == ["base", "ours, mean of 3", "other, mean of 2"]
     assert figure.get_suptitle() == trials["base"][0]["protocol"]
@@ -246,7 +260,7 @@ def test_matches_are_those_of_setsims_matcher_for_that_image(tmp_path, photos, m
         ["matches", str(tmp_path / "checkpoint.pth"), str(photos), "--count", "2", "--out", str(tmp_path / "m.png")]
     )
     ((path, view_q, view_k, found, H, W),) = seen
-    assert path == str(tmp_path / "m.png") and (H, W) == (3, 3) and len(view_q) == 2
+    assert (H, W) == (3, 3) and len(view_q) == 2
     method.eval()
     for row, name in enumerate(("0000.png", "0004.png")):
         with common.drawing("figure", 0, name):
@@ -265,7 +279,42 @@ def test_matches_are_those_of_setsims_matcher_for_that_image(tmp_path, photos, m
             assert torch.allclose(theirs.float(), tensor[0].float(), atol=1e-4), name
         assert one.set_q.any() and one.positives.any()
     assert not torch.equal(found.attention_q[0], found.attention_q[1])
-    assert Image.open(path).size == (4 * 230 + 6, 2 * 230 + 20)
+    assert Image.open(tmp_path / "m.png").size == (5 * 230 + 6, 2 * 230 + 20)
+
+
+def test_crops_are_framed_in_the_image_they_are_from():
+    """Colours at the edges that a window says, left and right of a flipped one swapped; setsim's picture beside them."""
+    matches = Image.new("RGB", (300, 2 * 100 + 20), "red")
+    images = [Image.new("RGB", size, "white") for size in ((188, 40), (40, 160))]  # 94 x 20 and 20 x 80 in the picture
+    half, whole = [0.4, 0.25, 0.8, 0.75], [1.0, 0.0, 0.0, 1.0]
+    found = np.asarray(figures.draw_crops(matches, ["a", "b"], images, [half, whole], [whole, half])).astype(int)
+    assert found.shape == (220, 400, 3) and (found[20:, 100:] == np.asarray(matches)[20:]).all()
+    orange, blue = (255, 176, 0), (64, 176, 255)
+    places = [(6, 20, 94, 20), (6, 120, 20, 80)]  # left, top, width, height
+    for (left, top, width, height), colours in zip(places, ((orange, blue), (blue, orange)), strict=True):
+        for (x0, y0, x1, y1), colour in zip(((0.4, 0.25, 0.8, 0.75), (0, 0, 1, 1)), colours, strict=True):
+            y, x = round(top + (y0 + y1) / 2 * height), round(left + (x0 + x1) / 2 * width)
+            rows = np.flatnonzero((found[:, x, :] == colour).all(1) & (abs(np.arange(220) - y) < 60))
+            columns = np.flatnonzero((found[y, :100] == colour).all(1))
+            assert abs(columns.min() - left - x0 * width) <= 1.5 and abs(columns.max() - left - x1 * width) <= 1.5
+            assert abs(rows.min() - top - y0 * height) <= 1.5 and abs(rows.max() - top - y1 * height) <= 1.5
+
+
+@pytest.mark.parametrize(
+    "flags", [["--threshold", "0.3", "--attention", "square"], ["--ratio", "40"]], ids=["threshold", "ratio"]
+)
+def test_attention_of_setsims_checkpoint_is_its_own(tmp_path, photos, flags):
+    args, method = a_checkpoint(tmp_path / "checkpoint.pth", "--queue-size", "8", *flags)
+    figure = drawn("attention", tmp_path / "checkpoint.pth", photos, "--count", 1)
+    image = TF.resize(common.read_image(photos / "0000.png"), 96)
+    with torch.no_grad():
+        z = method.eval().query.trunk(common.normalise(TF.pil_to_tensor(image)[None]))[-1]
+    A = setsim.attention_map(z.flatten(2), args.attention)
+    chosen = setsim.ratio_set(A, 40) if args.ratio else setsim.threshold_set(A, 0.3)
+    title = "attention (abs), framed: highest 40 %" if args.ratio else "attention (square), framed: at least 0.3"
+    axis = figure.axes[1]
+    assert axis.get_title() == title and np.allclose(pixels(axis, 1).ravel(), A[0], atol=1e-5)
+    assert len(axis.patches) == chosen.sum() > 0
 
 
 @pytest.mark.parametrize("kind", ["bare", "resim", "baseline"])
@@ -316,7 +365,7 @@ def test_attention_of_a_plain_backbone_is_setsims_for_that_image(tmp_path, photo
         state, flags = {"script": "resim", "settings": {"arch": "resnet18", "size": 128}, "model": state}, []
     torch.save(state, tmp_path / "weights.pth")
     figure = drawn("attention", tmp_path / "weights.pth", photos, "--count", 2, *flags)
-    assert [axis.get_title() for axis in figure.axes[:2]] == ["image", "attention, framed: at least 0.7"]
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["image", "attention (abs), framed: at least 0.7"]
     assert [axis.get_ylabel() for axis in figure.axes[:4:2]] == ["0000.png", "0004.png"]
     side = 128 if wrapped else 224
     for row, name in enumerate(("0000.png", "0004.png")):
@@ -328,6 +377,7 @@ def test_attention_of_a_plain_backbone_is_setsims_for_that_image(tmp_path, photo
         plain, axis = figure.axes[2 * row : 2 * row + 2]
         assert np.array_equal(pixels(plain), np.asarray(image)) and np.array_equal(pixels(axis), np.asarray(image))
         assert np.allclose(pixels(axis, 1), A, atol=1e-5)
+        assert (axis.images[1].norm.vmin, axis.images[1].norm.vmax) == (0, 1)
         assert axis.images[1].get_extent() == [-0.5, image.width - 0.5, image.height - 0.5, -0.5]
         cell = np.array([image.width / A.shape[1], image.height / A.shape[0]])
         frames = sorted(tuple(np.round((np.add(patch.xy, 0.5)) / cell, 4)) for patch in axis.patches)
@@ -337,8 +387,8 @@ def test_attention_of_a_plain_backbone_is_setsims_for_that_image(tmp_path, photo
 
 # ------------------------------------------------------------------------------------------------------ predictions
 
-DET = "--task scenes --data scenes:8 --arch resnet18 --batch-size 2 --short-sides 64 --test-side 64".split()
-SEG = "--task scenes --data scenes:8 --arch resnet18 --batch-size 2 --crop 32 --resize 160x40 --lr 0.0002".split()
+DET = "--task scenes --data scenes:8 --arch resnet18 --batch-size 2 --short-sides 64 --test-side 80".split()
+SEG = "--task scenes --data scenes:8 --arch resnet18 --batch-size 2 --crop 32 --resize 160x40 --lr 0.0002 --test slide".split()
 
 
 def two_runs(folder, script, flags):
@@ -391,7 +441,7 @@ def test_detections_stand_beside_image_and_truth_a_column_for_each_run(detectors
     for column, name in ((2, "a"), (3, "b")):
         args, _, model = load(det, detectors / name)
         val = det.open_data(args, "val")
-        for row, (index, small, size) in zip(rows, det.TestImages(val, [0], 64, args.max_side), strict=True):
+        for row, (index, small, size) in zip(rows, det.TestImages(val, [0], 80, args.max_side), strict=True):
             assert np.array_equal(pixels(row[0]), np.asarray(val.read(index)))
             truth = det.draw(val.read(index), val.annotations(index), val.categories, 400)
             assert np.array_equal(pixels(row[1]), np.asarray(truth))
@@ -406,8 +456,8 @@ def test_detections_on_ones_own_images_have_no_truth(detectors, photos):
     ((plain, axis),) = grid(figure, 1, 2)
     assert [plain.get_title(), axis.get_title(), plain.get_ylabel()] == ["image", "b", "0000.png"]
     _, state, model = load(det, detectors / "b")
-    image = common.read_image(photos / "0000.png")  # 96 x 64, the size of testing
-    found = det.confident(det.detect(model, det.to_tensor(image), (64, 96)))
+    image = common.read_image(photos / "0000.png")  # 96 x 64
+    found = det.confident(det.detect(model, det.to_tensor(image.resize((120, 80), Image.BILINEAR)), (64, 96)))
     assert np.array_equal(pixels(plain), np.asarray(image))
     assert np.array_equal(pixels(axis), np.asarray(det.draw(image, found, state["categories"], 400)))
 
@@ -433,6 +483,38 @@ def test_label_maps_stand_beside_image_and_truth_with_a_legend(segmenters):
     assert [text.get_text() for text in legend.get_texts()] == [state["classes"][k] for k in sorted(shown)]
     for patch, k in zip(legend.get_patches(), sorted(shown), strict=True):
         assert np.allclose(patch.get_facecolor()[:3], palette[k] / 255)
+
+
+def test_ignored_pixels_of_the_truth_have_their_colour_and_no_name(segmenters, monkeypatch):
+    """As in VOC and Cityscapes: label 255."""
+    names, read = figures.fine_tuned(str(segmenters / "a"), None).validation()
+
+    def with_ignored(self):
+        def ignored(i):
+            image, labels = read(i)
+            labels = labels.copy()
+            labels[:5] = 255
+            return image, labels
+
+        return names, ignored
+
+    monkeypatch.setattr(figures.Segmentation, "validation", with_ignored)
+    figure = drawn("predictions", segmenters / "a", "--count", 1)
+    palette = torch.load(segmenters / "a" / "checkpoint.pth")["palette"].numpy()
+    assert (pixels(figure.axes[1])[:5] == palette[255]).all()
+    (legend,) = figure.legends
+    assert 0 < len(legend.get_texts()) <= 11
+
+
+def test_rows_are_as_high_as_their_images():
+    names = ["a", "a rather long name of a folder/and.jpg"]
+    rows = [[np.zeros((50, 100, 3))] * 2, [np.zeros((200, 100, 3))] * 2]
+    figure = figures.draw_columns(common.pyplot(), rows, ["one", "two"], names)
+    assert figure.get_size_inches().tolist() == pytest.approx([5.9, 2.8 * 2.5 + 0.8])
+    figure.canvas.draw()
+    low, high = (figure.axes[place].get_position().height for place in (0, 2))
+    assert high / low == pytest.approx(4, rel=0.1)
+    assert figure.axes[2].get_ylabel() == "name of a folder/and.jpg"
 
 
 def test_label_maps_of_ones_own_images(segmenters, photos, capsys):
@@ -504,7 +586,11 @@ BAD = {
     "attention strange.pth empty": "IMAGES empty: no images in it or below",
     "matches strange.pth nowhere": "IMAGES nowhere: no such folder",
     "matches strange.pth empty": "IMAGES empty: no images in it or below",
-    "matches strange.pth photos --count 0": "--count 0: must be at least 1",
+    "matches strange.pth photos --count 0": "--count 0: must be between 1 and 100",
+    "curves binary": "binary/log.jsonl: not a log of these scripts",
+    "curves odd": "odd: nothing is logged yet",
+    "ap odd": "odd: no AP over IoU thresholds in its results.jsonl",
+    "ap trials/seed0": "trials/seed0: no results.jsonl in it; that of all trials is in .*trials$",
     "predictions empty": "empty: no checkpoint.pth in it",
     "predictions pretrained": "pretrained/checkpoint.pth: not a checkpoint of transfer_det.py or transfer_seg.py",
 }
@@ -519,6 +605,11 @@ def test_bad_input_is_named(words, tmp_path, monkeypatch):
         write_lines(tmp_path / "trials" / trial / "log.jsonl", log_of(5.0, 6.0))
     write_lines(tmp_path / "header" / "log.jsonl", log_of(5.0, 6.0)[:1])
     write_lines(tmp_path / "header" / "results.jsonl", [])
+    write_lines(tmp_path / "trials" / "results.jsonl", [result(0), result(1)])
+    write_lines(tmp_path / "odd" / "log.jsonl", [[1], 3, {"loss": 2.0}])
+    write_lines(tmp_path / "odd" / "results.jsonl", [[1], {"box": 3}])
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "log.jsonl").write_bytes(b"\xff\xfe\x00")
     write_lines(tmp_path / "seg" / "results.jsonl", [{"protocol": "p", "mIoU": 5.0, "IoU_by_class": {"sky": 5.0}}])
     torch.save({"weights": torch.zeros(3)}, "strange.pth")
     (tmp_path / "pretrained").mkdir()

@@ -8,16 +8,19 @@
     python -m tools.figures predictions runs/det_moco runs/det_setsim               PAPER: SetSim Figures 4 to 9
     python -m tools.figures predictions runs/seg_moco runs/seg_setsim --images photos
 
-A RUN is the --output-dir of a script; of several trials, `ap` takes the means, and the others want one of the folders
-seed0, seed1, ... in it. `curves` draws what is logged over steps: final results are for `ap`. Networks are in evaluation mode: what is drawn of an image does not depend on the others.
+A RUN is the --output-dir of a script. Of several trials, `ap` takes the means; `curves` and `predictions` want one of the
+folders seed0, seed1, ... in it. `curves` draws what is logged over steps: final results are for `ap`. Networks are in
+evaluation mode: what is drawn of an image does not depend on the others.
 """
 
 import argparse
+import io
 import os
+import tempfile
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.transforms import functional as TF
 
 import common
@@ -30,6 +33,7 @@ STYLES = ("-", "--", ":")  # where there are more runs than colours
 NOT_DRAWN = "step epoch images_per_s data_share bad_images images cells objects".split()
 THRESHOLD = 0.7  # PAPER: SetSim's delta, for backbones that come without one
 LONG_SIDE = 400  # pixels of a picture in a column
+MOST = 100  # images in a picture: more would make one that no program opens
 
 
 def get_args(argv=None):
@@ -62,7 +66,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if not args.out.lower().endswith(".png"):
         raise UserError(f"--out {args.out}: the name has to end in .png")
-    common.check_range(args, **{name: (low, None) for name, low in (("count", 1), ("seed", 0)) if hasattr(args, name)})
+    limits = {"count": (1, MOST), "seed": (0, None)}
+    common.check_range(args, **{name: limit for name, limit in limits.items() if name in args})
     if "runs" in args:
         folders = [os.path.basename(os.path.normpath(run)) for run in args.runs]
         args.names = args.names or (folders if len(set(folders)) == len(folders) else args.runs)
@@ -83,10 +88,22 @@ def file_of(run, name):
         raise UserError(f"{run}: no such folder (give the --output-dir of a run)")
     if not os.path.exists(path):
         trials = sorted(part for part in os.listdir(run) if os.path.exists(os.path.join(run, part, name)))
-        raise UserError(
-            f"{run}: no {name} in it" + (f"; give one of its trials: {', '.join(trials)}" if trials else "")
-        )
+        instead = f"; give one of its trials: {', '.join(trials)}" if trials else ""
+        parent = os.path.dirname(os.path.abspath(run))
+        if os.path.exists(os.path.join(parent, name)):
+            instead = f"; that of all trials is in {parent}"
+        raise UserError(f"{run}: no {name} in it{instead}")
     return path
+
+
+def lines_with(run, name, key):
+    """The JSON objects of a run's log that have `key`. Errors: UserError, as `file_of`; no text."""
+    path = file_of(run, name)
+    try:
+        lines = common.read_log(path)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a log of these scripts") from None
+    return [line for line in lines if isinstance(line, dict) and key in line]
 
 
 def readable(names, read, count, source):
@@ -130,7 +147,7 @@ def line_of(place):
 def logged(run):
     """{name: [(step, number), ...]} of all that a run has logged, the probe before and after training among it."""
     values = {}
-    for line in common.read_log(file_of(run, "log.jsonl")):
+    for line in lines_with(run, "log.jsonl", "step"):
         for name, value in (line | line.get("probe", {})).items():
             if name not in NOT_DRAWN and isinstance(value, (int, float)):
                 values.setdefault(name, []).append((line["step"], value))
@@ -165,14 +182,18 @@ def draw_curves(args):
     for axis in axes.flat[len(names) :]:
         axis.remove()
     for axis, name in zip(axes.flat, names, strict=False):
-        beside = {yardstick(name, values) for values in runs} - {None}
+        compared = [place for place, values in enumerate(runs) if yardstick(name, values) and name in values]
+        beside = {yardstick(name, runs[place]) for place in compared}
         for place, values in enumerate(runs):
             points = values.get(name, [])
             marker = "." if len(points) < 20 else ""
-            axis.plot(*np.reshape(points, (-1, 2)).T, lw=1.4, marker=marker, label=args.names[place], **line_of(place))
-            other = yardstick(name, values)
-            if other and points:
-                style = line_of(place) | {"ls": (6 * place, (6, 6 * max(1, len(runs) - 1))), "lw": 0.9}  # in turn
+            width = 1.4 + 0.8 * (len(runs) - 1 - place)  # equal curves: the later one lies thinner on the earlier
+            axis.plot(
+                *np.reshape(points, (-1, 2)).T, lw=width, marker=marker, label=args.names[place], **line_of(place)
+            )
+            if place in compared:
+                other, turn = yardstick(name, values), compared.index(place)
+                style = line_of(place) | {"ls": (6 * turn, (6, 6 * max(1, len(compared) - 1))), "lw": 0.9}  # in turn
                 axis.axhline(values[other][-1][1], label=f"{args.names[place]}: {other}", **style)
         axis.set_title(name + "".join(f" (dashed: {other})" for other in sorted(beside)), fontsize=9)
         axis.set_xlabel("step", fontsize=8)
@@ -196,7 +217,7 @@ def draw_ap(args):
     Errors:
         UserError: other protocols, whose numbers are not comparable; no such results; none of a kind that all have.
     """
-    plt, results = common.pyplot(), [common.read_log(file_of(run, "results.jsonl")) for run in args.runs]
+    plt, results = common.pyplot(), [lines_with(run, "results.jsonl", "protocol") for run in args.runs]
     runs = [[by_threshold(trial) for trial in trials] for trials in results]
     for run, trials in zip(args.runs, runs, strict=True):
         if not trials or not trials[0]:
@@ -282,21 +303,31 @@ def backbone(args, settings):
 
 @torch.no_grad()
 def draw_attention(args):
-    """Whole images beside their attention (PAPER: SetSim's Eq. 3 on C5); cells of at least THRESHOLD are framed."""
-    _, settings = pretrained(args)
+    """Whole images beside their attention on C5 (PAPER: SetSim's Eq. 3), its set (Eq. 4) framed.
+
+    Of a checkpoint of setsim.py with its own statistic and threshold (or ratio), of others with the paper's.
+    """
+    state, settings = pretrained(args)
+    statistic, threshold, ratio = "abs", THRESHOLD, None
+    if state.get("script") == setsim.NAME:
+        statistic, threshold, ratio = (settings[name] for name in ("attention", "threshold", "ratio"))
     names, images = own_images(args.images, args.count, "IMAGES")
     plt, trunk = common.pyplot(), backbone(args, settings)
     images = [TF.resize(image, settings.get("size", 224)) for image in images]  # short side
-    title = f"attention, framed: at least {THRESHOLD}"
+    title = f"attention ({statistic}), framed: " + (
+        f"at least {threshold}" if ratio is None else f"highest {ratio:g} %"
+    )
     figure = draw_columns(plt, [[image, image] for image in images], ["image", title], names)
     for axis, image in zip(figure.axes[1::2], images, strict=True):
         z = trunk(common.normalise(TF.pil_to_tensor(image)[None].to(device())))[-1]  # (1, C, H, W)
         H, W = z.shape[2:]
-        A = setsim.attention_map(z.flatten(2))[0].view(H, W).cpu()
+        A = setsim.attention_map(z.flatten(2), statistic)  # (1, S)
+        chosen = setsim.threshold_set(A, threshold) if ratio is None else setsim.ratio_set(A, ratio)
+        A, chosen = A.view(H, W).cpu(), chosen.view(H, W).cpu()
         edges = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
         shown = axis.imshow(A.numpy(), "cividis", vmin=0, vmax=1, alpha=0.65, extent=edges, interpolation="nearest")
         width, height = image.width / W, image.height / H
-        for i, j in setsim.threshold_set(A, THRESHOLD).nonzero().tolist():
+        for i, j in chosen.nonzero().tolist():
             corner = (j * width - 0.5, i * height - 0.5)
             axis.add_patch(plt.Rectangle(corner, width, height, fill=False, ec="#E69F00", lw=1.5))
     figure.colorbar(shown, ax=figure.axes, location="bottom", shrink=0.5, label="attention", aspect=40)
@@ -305,7 +336,7 @@ def draw_attention(args):
 
 @torch.no_grad()
 def draw_matches(args):
-    """PAPER: SetSim Figure 3. `setsim.draw_matches` on two random crops of each image, written to --out.
+    """PAPER: SetSim Figure 3. Each image with two random crops in it, and `setsim.draw_matches` of these; writes --out.
 
     A checkpoint.pth of setsim.py is taken with its own two networks and matcher. Any other backbone sees both crops, and
     is matched as setsim.py does by default; so is a run with --matcher none, to be compared.
@@ -316,7 +347,6 @@ def draw_matches(args):
     for name, image in zip(names, images, strict=True):
         with common.drawing("figure", args.seed, name):
             views.append([x for _ in range(2) for x in setsim.random_view(image, settings.get("size", 224), False)])
-    view_q, window_q, view_k, window_k = (torch.stack(x).to(device()) for x in zip(*views, strict=True))
 
     def matcher(z_q, z_k, window_q, window_k, rng):
         return setsim.match(z_q, z_k, window_q, window_k, "set2set-nn", "abs", THRESHOLD, None, 0.0, False, None)
@@ -325,14 +355,50 @@ def draw_matches(args):
         world = common.World(0, 1, 0, device())
         method = setsim.build(argparse.Namespace(**settings | {"amp": "none"}), world)
         method.load_state_dict(state["model"])
-        z_q, z_k = method.eval().features(view_q, view_k)
+        features = method.eval().features
         matcher = method.matcher if settings["matcher"] != "none" else matcher
     else:
         trunk = backbone(args, settings)
-        z_q, z_k = (trunk(common.normalise(view))[-1] for view in (view_q, view_k))  # (n, C, H, W)
-    found = matcher(z_q, z_k, window_q, window_k, common.generator("figure", args.seed))
-    setsim.draw_matches(args.out, view_q, view_k, found, *z_q.shape[2:])
-    print(f"rows: {', '.join(names)}", flush=True)
+
+        def features(view_q, view_k):
+            return (trunk(common.normalise(view))[-1] for view in (view_q, view_k))  # (1, C, H, W)
+
+    found = []
+    for name, one in zip(names, views, strict=True):
+        view_q, window_q, view_k, window_k = (x[None].to(device()) for x in one)
+        z_q, z_k = features(view_q, view_k)
+        found.append(matcher(z_q, z_k, window_q, window_k, common.generator("figure", args.seed, name)))
+    found = setsim.Match(*(torch.cat(part) for part in zip(*found, strict=True)))
+    view_q, window_q, view_k, window_k = (torch.stack(x) for x in zip(*views, strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "matches.png")
+        setsim.draw_matches(path, view_q, view_k, found, *z_q.shape[2:])
+        matches = Image.open(path).convert("RGB")
+    buffer = io.BytesIO()
+    draw_crops(matches, names, images, window_q.tolist(), window_k.tolist()).save(buffer, "png")
+    common.write_atomically(args.out, [buffer.getvalue()])
+
+
+def draw_crops(matches, names, images, windows_q, windows_k):
+    """The picture `matches` with one more column at its left: each image, its name, and what the two views show of it."""
+    head = 20  # pixels above the rows, as in `setsim.draw_matches`
+    step = (matches.height - head) // len(images)
+    canvas = Image.new("RGB", (step + matches.width, matches.height), "white")
+    canvas.paste(matches, (step, 0))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((6, 4), "image; crop q orange, k blue", fill="black")
+    for row, (name, image, *windows) in enumerate(zip(names, images, windows_q, windows_k, strict=True)):
+        small = image.copy()
+        small.thumbnail((step - 6, step - 6 - 14))  # the name below it
+        left, top = 6, head + row * step
+        canvas.paste(small, (left, top))
+        for (x0, y0, x1, y1), colour in zip(windows, ((255, 176, 0), (64, 176, 255)), strict=True):
+            x0, x1 = sorted((x0, x1))  # of a flipped view they are swapped
+            right, bottom = small.width - 1, small.height - 1
+            edges = (left + x0 * right, top + y0 * bottom, left + x1 * right, top + y1 * bottom)
+            draw.rectangle(edges, outline=colour, width=2)
+        draw.text((left, top + small.height + 2), name[-36:], fill="black")
+    return canvas
 
 
 class Detection:

@@ -9,7 +9,7 @@ until there are 146,000. The first n lines of the list are what --count n would 
 
     python -m tools.openimages_mini --annotations oidv6-train-annotations-bbox.csv \\
         --classes class-descriptions-boxable.csv --coco instances_train2017.json
-    sed 's|^|train/|' openimage-mini.txt                  the list as Open Images' own downloader.py wants it
+    sed 's|^|train/|' openimage-mini.txt > download.txt    the list as Open Images' own downloader.py wants it
     (the first command again) --images DIR                when DIR holds ID.jpg of every line: openimage-mini.json
 
 Boxes in the CSV are fractions of the image and its size is nowhere in Open Images' CSVs (OriginalSize is in bytes),
@@ -149,6 +149,11 @@ def get_args(argv=None):
     # fmt: on
     args = parser.parse_args(argv)
     common.check_range(args, count=(1, None), seed=(0, None))
+    if not os.path.basename(args.out) or args.out.endswith((".txt", ".json")):
+        raise UserError(f"--out {args.out}: give a name for the files, without .txt or .json")
+    for path in (f"{args.out}.txt", f"{args.out}.json"):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"--out {args.out}: {path} is there and is no file")
     return args
 
 
@@ -163,7 +168,7 @@ def opened(path, what):
     try:
         with open(path, newline="", encoding="utf-8") as file:
             yield file
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({reason}): give {what}") from None
 
@@ -233,7 +238,7 @@ def is_row(row, columns, width):
 
 
 def read_chunks(path, classes, rows_at_once):
-    """Yield (megabytes, what parse_rows gives) of one chunk of the CSV after the other.
+    """Yield (megabytes, 0 of a pipe, and what parse_rows gives) of one chunk of the CSV after the other.
 
     Errors:
         UserError: cannot be read, lacks a column, or a malformed row: names its line.
@@ -256,7 +261,7 @@ def read_chunks(path, classes, rows_at_once):
                     f"{path}, line {first + number}: not a row of Open Images' boxes ({','.join(rows[number])[:80]!r}): "
                     "mend or remove it, or download the file again"
                 ) from None
-            before, position = position, file.buffer.tell()
+            before, position = position, file.buffer.tell() if file.seekable() else 0
             yield (position - before) / 1e6, chunk
 
 
@@ -318,9 +323,12 @@ def read_coco(path):
         found = json.load(file, object_hook=without_outlines)  # outlines would take gigabytes
     try:
         places = {category["id"]: place for place, category in enumerate(found["categories"])}
+        images = len({image["id"] for image in found["images"]})
+        if not images:
+            raise ValueError("no images")
         return Coco(
-            [category["name"] for category in found["categories"]],
-            len({image["id"] for image in found["images"]}),
+            [str(category["name"]) for category in found["categories"]],
+            images,
             np.array([entry["image_id"] for entry in found["annotations"]], np.int64),
             np.array([places[entry["category_id"]] for entry in found["annotations"]], np.int64),
         )
@@ -466,10 +474,15 @@ def main(argv=None):
         raise UserError(
             f"{args.classes} and {args.coco} share no class: give Open Images' class names and COCO's objects"
         )
-    absent = [name for ours in SHARED.values() for name in ours if name not in names]
+    absent = [
+        name for coco_name, ours in SHARED.items() for name in ours if name not in names and coco_name not in lacking
+    ]
     print(f"shared: {len(coco.names) - len(lacking)} of COCO's {len(coco.names)} classes, {(shared >= 0).sum()} of "
-          f"Open Images' {len(names)}; no counterpart: {', '.join(lacking) or 'none'}; names of this script's map that "
-          f"the file has not: {', '.join(absent) or 'none'}", flush=True)  # fmt: skip
+          f"Open Images' {len(names)}; names of this script's map that the file has not: {', '.join(absent) or 'none'}",
+          flush=True)  # fmt: skip
+    if lacking:
+        print(f"warning: --classes has no counterpart of {', '.join(lacking)} (another spelling than in SHARED here?)",
+              flush=True)  # fmt: skip
 
     boxes = read_boxes(args.annotations, list(classes))
     print(f"boxes: {len(boxes.image)} in {len(boxes.ids)} images, {boxes.group.sum()} of them around a group; "
@@ -480,12 +493,10 @@ def main(argv=None):
         raise UserError(f"{args.annotations}: no image with an object of a shared class fits COCO's counts")
     if len(taken) < args.count:
         print(f"warning: all images looked at: {len(taken)} instead of {args.count}", flush=True)
-    filled = sorted(
-        (n / max(limit, 1), name, n, limit) for n, name, limit in zip(used, coco.names, limits, strict=True)
-    )
+    counted = [(n / limit, name, n, limit) for n, name, limit in zip(used, coco.names, limits, strict=True) if limit]
     print(f"sample: {len(taken)} images, {sum(used)} objects of shared classes (COCO: {sum(limits)}), "
-          f"{sum(n == limit for *_, n, limit in filled)} classes as large as COCO's; furthest below: "
-          f"{', '.join(f'{name} {n}/{limit}' for _, name, n, limit in filled[:5])}", flush=True)  # fmt: skip
+          f"{sum(n == limit for *_, n, limit in counted)} of {len(counted)} classes as large as COCO's; furthest below: "
+          f"{', '.join(f'{name} {n}/{limit}' for _, name, n, limit in sorted(counted)[:5])}", flush=True)  # fmt: skip
 
     ids = [f"{boxes.ids[i]:016x}" for i in taken]
     text = "".join(f"{name}\n" for name in ids)
@@ -493,6 +504,8 @@ def main(argv=None):
         with opened(f"{args.out}.txt", "another --out") as file:
             if file.read() != text:
                 raise UserError(f"{args.out}.txt: another list is there: move it away or give another --out")
+    elif os.path.isfile(f"{args.out}.json"):
+        raise UserError(f"{args.out}.json: boxes of a list that is not there: move it away or give another --out")
     common.write_atomically(f"{args.out}.txt", [text.encode()])
     inside = np.isin(boxes.image, taken)
     rows = {

@@ -21,7 +21,10 @@ detectron2's own backbone was trained otherwise, so its settings have to say:
     INPUT.FORMAT RGB
     MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]    MODEL.PIXEL_STD [58.395, 57.12, 57.375]
     MODEL.RESNETS.STRIDE_IN_1X1 False             MODEL.RESNETS.DEPTH (and RES2_OUT_CHANNELS 64 for 18 and 34)
-and its log has to be read: whatever it does not match starts at random. Opening a pickle may run anything that its
+    MODEL.RESNETS.NORM SyncBN                     MODEL.BACKBONE.FREEZE_AT 0
+the last line as the papers fine-tune: with the default, frozen statistics, the loss of self-supervised weights may become
+not finite at the usual learning rate. For a pyramid with norms MODEL.FPN.NORM SyncBN, too. detectron2's log has to be
+read: whatever it does not match starts at random. Opening a pickle may run anything that its
 author wanted, so there is no way back from one here.
 """
 
@@ -164,10 +167,13 @@ def main(argv=None):
     if not fpn and os.path.exists(beside):
         print(f"{beside} is there and was not taken: add --fpn {beside}", flush=True)
     common.write_atomically(args.out, [to_pickle(backbone | fpn)])
+    depth = int(args.arch.removeprefix("resnet"))
+    narrow = ", MODEL.RESNETS.RES2_OUT_CHANNELS 64" if depth < 50 else ""
     print(
         f"{args.out}: {len(backbone) + len(fpn)} tensors; left out: {len(state) - len(backbone)} batch counters, and all "
-        "that is neither backbone nor pyramid. Set INPUT.FORMAT RGB, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and "
-        "MODEL.RESNETS.STRIDE_IN_1X1 False as on top of tools/to_detectron2.py",
+        "that is neither backbone nor pyramid. Set, as on top of tools/to_detectron2.py, INPUT.FORMAT RGB, MODEL.PIXEL_MEAN, "
+        f"MODEL.PIXEL_STD, MODEL.RESNETS.STRIDE_IN_1X1 False, MODEL.RESNETS.DEPTH {depth}{narrow}, MODEL.RESNETS.NORM SyncBN, "
+        "MODEL.BACKBONE.FREEZE_AT 0",
         flush=True,
     )
 
