@@ -588,9 +588,10 @@ def load_checkpoint_file(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        reason = reason.split(". ")[0][:150]  # torch's advice to switch safety off comes after it
-        raise UserError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
+        reason = (str(error).strip().splitlines() or [""])[0].split(". ")[0][
+            :150
+        ]  # then torch advises to trust the file
+        raise UserError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__} {reason})") from None
 
 
 def load_backbone(source, arch):
