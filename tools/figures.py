@@ -291,7 +291,8 @@ def pretrained(args):
         return {}, {}
     state = common.load_checkpoint_file(args.checkpoint)
     state = state if isinstance(state, dict) else {}
-    return state, state.get("settings", {})
+    settings = state.get("settings")
+    return state, settings if isinstance(settings, dict) else {}
 
 
 def backbone(args, settings):
@@ -314,10 +315,9 @@ def draw_attention(args):
     names, images = own_images(args.images, args.count, "IMAGES")
     plt, trunk = common.pyplot(), backbone(args, settings)
     images = [TF.resize(image, settings.get("size", 224)) for image in images]  # short side
-    title = f"attention ({statistic}), framed: " + (
-        f"at least {threshold}" if ratio is None else f"highest {ratio:g} %"
-    )
-    figure = draw_columns(plt, [[image, image] for image in images], ["image", title], names)
+    framed = f"at least {threshold}" if ratio is None else f"highest {ratio:g} %"
+    titles = ["image", f"attention ({statistic}), framed: {framed}"]
+    figure = draw_columns(plt, [[image, image] for image in images], titles, names)
     for axis, image in zip(figure.axes[1::2], images, strict=True):
         z = trunk(common.normalise(TF.pil_to_tensor(image)[None].to(device())))[-1]  # (1, C, H, W)
         H, W = z.shape[2:]
