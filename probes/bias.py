@@ -42,6 +42,7 @@ from probes.frozen import (
     header,
     one_process,
     readable,
+    require_own_folder,
     scene_count,
     write_results,
 )
@@ -305,7 +306,7 @@ def draw_plots(path, results):
             means, errors = np.array(values, float).T  # None becomes nan, which is not drawn
             axis.errorbar(STAGES, means, 2 * errors, marker="o", ms=4, lw=1.4, capsize=3, label=name)
         axis.axhline(1, color="k", ls="--", lw=0.8)
-        axis.set(title=title, xlabel="stage")
+        axis.set(title=title, xlabel="stage (bars: two standard errors)")
         axis.legend(fontsize=8)
     common.save_figure(figure, path, dpi=120)
 
@@ -333,7 +334,7 @@ def draw_canvases(path, rows):
 def main(argv=None):
     args = get_args(argv)
     device = one_process()
-    common.make_output_dir(args.output_dir)
+    require_own_folder(args.output_dir, vars(args))
     common.pyplot()  # to miss it now and not after the work
     count = scene_count(args.data)
     objects = SceneObjects(HELD_OUT, count, SCENE, args.seed) if count else CocoObjects(args.data, args.split, True)
@@ -362,7 +363,7 @@ def main(argv=None):
         results[name] = {kind: statistics(values) for kind, values in zip(KINDS, torch.cat(parts, 1), strict=True)}
         for kind, stages in results[name].items():
             values = {stage: np.array([value["mean"], value["error"]], float) for stage, value in stages.items()}
-            line = "  ".join("{} {:.3f} +- {:.3f}".format(stage, *pair) for stage, pair in values.items())
+            line = "  ".join("{} {:.4f} +- {:.4f}".format(stage, *pair) for stage, pair in values.items())
             print(f"{kind:3} {line}  {name}")
     print(f"means and their standard errors over {args.count} canvases")
     draw_plots(os.path.join(args.output_dir, "bias.png"), results)

@@ -207,6 +207,27 @@ def header(module, argv, settings):
     return {"command": command, "versions": common.versions(), "settings": settings}
 
 
+def require_own_folder(folder, settings):
+    """Make the output folder, and keep results of other settings from being replaced; `workers` changes none.
+
+    Errors:
+        UserError: no such folder can be made; it holds results.json of other settings, or one that cannot be read.
+    """
+    common.make_output_dir(folder)
+    path = os.path.join(folder, "results.json")
+    if not os.path.exists(path):
+        return
+    try:
+        with open(path) as file:
+            before = json.load(file)["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not the results of a probe: give another --output-dir") from None
+    differing = [name for name in settings if name != "workers" and settings[name] != before.get(name)]
+    if differing:
+        what = ", ".join(f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in differing)
+        raise UserError(f"{path}: results of other settings are there ({what}): give another --output-dir")
+
+
 def write_results(folder, results):
     """`results.json` of plain values."""
     common.write_atomically(os.path.join(folder, "results.json"), [(json.dumps(results, indent=1) + "\n").encode()])

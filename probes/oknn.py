@@ -16,7 +16,7 @@ that lies outside the boxes of these objects is another image.
 
 DATA/annotations/instances_SPLIT.json and DATA/SPLIT/ are COCO's layout; any detection data so laid out will do. The bank
 is never stored: its features are compared with all queries as they come, only each query's k best neighbours are kept.
-OUTPUT_DIR/results.json holds the result.
+OUTPUT_DIR/results.json holds the result; a folder with results of other settings is refused.
 
 k, tau, N and the images' size are not printed in the paper (AMBIGUOUS: D32), so that accuracies of this script can be
 compared with one another, at equal settings, but not with Table 4.
@@ -43,6 +43,7 @@ from probes.frozen import (
     header,
     one_process,
     readable,
+    require_own_folder,
     scene_count,
     write_results,
 )
@@ -284,11 +285,12 @@ def open_sets(args):
 def main(argv=None):
     args = get_args(argv)
     device = one_process()
-    common.make_output_dir(args.output_dir)
+    require_own_folder(args.output_dir, vars(args))
     bank, queries, classes = open_sets(args)
     trunk, _, line = frozen_trunk(args.weights, args.arch, args.seed, device)
     print(
-        f"{line}\nobject k-NN: {len(bank)} images for the bank, {len(queries)} with queries; {device.type}", flush=True
+        f"{line}\nobject k-NN: {len(bank)} images with objects for the bank, {len(queries)} for queries; {device.type}",
+        flush=True,
     )
 
     def features(objects, title, most, disturbed, part):

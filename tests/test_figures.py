@@ -305,8 +305,10 @@ def test_crops_are_framed_in_the_image_they_are_from():
 )
 def test_attention_of_setsims_checkpoint_is_its_own(tmp_path, photos, flags):
     args, method = a_checkpoint(tmp_path / "checkpoint.pth", "--queue-size", "8", *flags)
-    figure = drawn("attention", tmp_path / "checkpoint.pth", photos, "--count", 1)
-    image = TF.resize(common.read_image(photos / "0000.png"), 96)
+    size = 128 if args.ratio else 96  # given, or the run's own
+    more = ["--size", "128"] if args.ratio else []
+    figure = drawn("attention", tmp_path / "checkpoint.pth", photos, "--count", 1, *more)
+    image = TF.resize(common.read_image(photos / "0000.png"), size)
     with torch.no_grad():
         z = method.eval().query.trunk(common.normalise(TF.pil_to_tensor(image)[None]))[-1]
     A = setsim.attention_map(z.flatten(2), args.attention)
@@ -514,7 +516,7 @@ def test_rows_are_as_high_as_their_images():
     figure.canvas.draw()
     low, high = (figure.axes[place].get_position().height for place in (0, 2))
     assert high / low == pytest.approx(4, rel=0.1)
-    assert figure.axes[2].get_ylabel() == "name of a folder/and.jpg"
+    assert figure.axes[2].get_ylabel() == "...e of a folder/and.jpg"
 
 
 def test_label_maps_of_ones_own_images(segmenters, photos, capsys):
@@ -570,6 +572,8 @@ def test_runs_of_one_name_are_told_apart():
 
 BAD = {
     "curves nowhere": "nowhere: no such folder",
+    "curves strange.pth": "strange.pth: a file: give the folder that it lies in",
+    "attention strange.pth photos --size 8": "--size 8: must be at least 32",
     "curves empty": "empty: no log.jsonl in it$",
     "curves trials": "trials: no log.jsonl in it; give one of its trials: seed0, seed1",
     "curves header": "header: nothing is logged yet",

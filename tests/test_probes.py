@@ -750,6 +750,7 @@ OKNN = "--arch resnet18 --weights random --size 96 --neighbours 5 --workers 0".s
 
 
 def object_knn(data, out, *flags):
+    (out / "results.json").unlink(missing_ok=True)  # of other settings
     oknn.main(["--data", str(data), "--output-dir", str(out), *OKNN, *flags])
     return {k: v for k, v in json.loads((out / "results.json").read_text()).items() if k not in ("command", "settings")}
 
@@ -826,8 +827,10 @@ def test_oknn_compares_like_with_like(coco, tmp_path, monkeypatch):
 def test_oknn_on_scenes(tmp_path, capsys):
     found = object_knn("scenes:6", tmp_path, "--objects", "1", "--size", "96")
     assert found["bank"] == 6 and found["queries"] >= 4
-    assert "2 with queries" in capsys.readouterr().out
-    assert "a single image with objects" in error_of(oknn.main, "--data", "scenes:1", "--output-dir", tmp_path, *OKNN)
+    assert "6 images with objects for the bank, 2 for queries" in capsys.readouterr().out
+    assert "a single image with objects" in error_of(
+        oknn.main, "--data", "scenes:1", "--output-dir", tmp_path / "one", *OKNN
+    )
     assert "--neighbours 0" in error_of(oknn.main, "--data", "scenes:6", *OKNN, "--neighbours", "0")
     scenes, earlier = frozen.SceneObjects(frozen.HELD_OUT, 4, 64, 0), common.Scenes(4096, 64, 0)
     assert not np.array_equal(np.asarray(scenes[0].image), np.asarray(earlier[0][0]))
@@ -1008,7 +1011,8 @@ def test_bias_compares_backbones_and_draws(tmp_path, capsys):
         means = [stage["mean"] for stage in result["MCS"].values()]
         assert means == sorted(means, reverse=True) and means[-1] < 0.99  # deeper stages tell more of the place
     text = capsys.readouterr().out
-    assert text.count("CR ") == 2 and f"{results['random']['CR']['C5']['mean']:.3f} +-" in text
+    assert text.count("CR ") == 2 and f"{results['random']['CR']['C5']['mean']:.4f} +-" in text
+    (tmp_path / "out" / "results.json").unlink()
     bias.main([*flags, "--weights", f"other={tmp_path / 'other.pth'}"])  # random initialisation comes by itself
     assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == results
     assert not common.pyplot().get_fignums()
@@ -1026,6 +1030,7 @@ def test_bias_draws_what_it_measures_on_the_canvases_asked_for(coco, tmp_path, m
     flags = ["--data", str(coco), *BIAS, "--count", "3", "--output-dir", str(tmp_path), "--weights", "random"]
     monkeypatch.setattr(bias, "SMALLEST", 16)
     bias.main([*flags, "--cut", "box", "--seed", "5"])
+    (tmp_path / "results.json").unlink()
     bias.main(flags)
     assert asked == [(64, 32, "box", 5), (64, 32, "mask", 0)]
     result = json.loads((tmp_path / "results.json").read_text())["results"]["random"]
@@ -1040,7 +1045,9 @@ def test_bias_draws_what_it_measures_on_the_canvases_asked_for(coco, tmp_path, m
     path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
     shutil.copytree(coco, tmp_path / "coco")
     path.write_text(re.sub('"category_id": [0-9]+', '"category_id": 3', path.read_text()))
-    message = error_of(bias.main, "--data", tmp_path / "coco", *BIAS, "--output-dir", tmp_path, "--weights", "random")
+    message = error_of(
+        bias.main, "--data", tmp_path / "coco", *BIAS, "--output-dir", tmp_path / "out", "--weights", "random"
+    )
     assert "all objects are of one category, a pair needs two" in message
     common.pyplot().close("all")
 
@@ -1076,6 +1083,19 @@ def test_frozen_trunk(tmp_path):
     loaded.bn1.running_mean += 1
     with pytest.raises(RuntimeError, match="1 tensors, the first is bn1.running_mean"):
         linear.require_frozen(loaded, copy)
+
+
+@pytest.mark.parametrize("main, flags", [(oknn.main, OKNN), (bias.main, [*BIAS, "--weights", "random"])])
+def test_results_of_other_settings_are_not_replaced(main, flags, tmp_path):
+    flags = ["--data", "scenes:5", *flags, "--output-dir", str(tmp_path)]
+    main(flags)
+    before = (tmp_path / "results.json").read_bytes()
+    message = error_of(main, *flags, "--seed", "3", "--data", "scenes:6")
+    assert "results of other settings are there (data 'scenes:5' -> 'scenes:6', seed 0 -> 3)" in message
+    assert (tmp_path / "results.json").read_bytes() == before
+    main([*flags, "--workers", "1"] if main is oknn.main else flags)  # the same, again
+    (tmp_path / "results.json").write_text("[]")
+    assert "not the results of a probe" in error_of(main, *flags)
 
 
 def test_probes_of_one_process_refuse_several(monkeypatch, tmp_path):

@@ -51,6 +51,7 @@ def get_args(argv=None):
             flag("checkpoint", metavar="CHECKPOINT", help="any file with a ResNet in it, 'imagenet' or 'random'")
             flag("images", metavar="IMAGES", help="folder of images, searched recursively")
             flag("--arch", default="resnet50", choices=common.ARCHS, help="the ResNet in CHECKPOINT, if it does not say so itself")
+            flag("--size", default=None, type=int, help="side of a crop, short side of a whole image, in pixels; default CHECKPOINT's own, else 224")
             flag("--seed", default=0, type=int, help="of the crops, and of random weights")
         if name not in ("curves", "ap"):
             flag("--count", default=6, type=int, metavar="N", help="so many images at most, spread evenly over all there are")
@@ -66,7 +67,7 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if not args.out.lower().endswith(".png"):
         raise UserError(f"--out {args.out}: the name has to end in .png")
-    limits = {"count": (1, MOST), "seed": (0, None)}
+    limits = {"count": (1, MOST), "size": (32, None), "seed": (0, None)}
     common.check_range(args, **{name: limit for name, limit in limits.items() if name in args})
     if "runs" in args:
         folders = [os.path.basename(os.path.normpath(run)) for run in args.runs]
@@ -85,6 +86,8 @@ def file_of(run, name):
     """The path of a run's file. Errors: UserError, no such folder or file."""
     path = os.path.join(run, name)
     if not os.path.isdir(run):
+        if os.path.exists(run):
+            raise UserError(f"{run}: a file: give the folder that it lies in")
         raise UserError(f"{run}: no such folder (give the --output-dir of a run)")
     if not os.path.exists(path):
         trials = sorted(part for part in os.listdir(run) if os.path.exists(os.path.join(run, part, name)))
@@ -274,7 +277,7 @@ def draw_columns(plt, rows, titles, names):
         for axis, picture in zip(line, row, strict=True):
             axis.imshow(np.asarray(picture))
             axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name[-24:], fontsize=7)
+        line[0].set_ylabel(name if len(name) <= 24 else f"...{name[-21:]}", fontsize=7)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=10)
     return figure
@@ -286,13 +289,13 @@ def device():
 
 
 def pretrained(args):
-    """What CHECKPOINT says of itself: (its content, settings of its run); both empty for bare weights."""
-    if args.checkpoint in ("imagenet", "random"):
-        return {}, {}
-    state = common.load_checkpoint_file(args.checkpoint)
+    """What CHECKPOINT says of itself: (its content, settings of its run, --size among them)."""
+    named = args.checkpoint in ("imagenet", "random")
+    state = {} if named else common.load_checkpoint_file(args.checkpoint)
     state = state if isinstance(state, dict) else {}
     settings = state.get("settings")
-    return state, settings if isinstance(settings, dict) else {}
+    settings = settings if isinstance(settings, dict) else {}
+    return state, settings | {"size": args.size or settings.get("size", 224)}
 
 
 def backbone(args, settings):
@@ -314,7 +317,7 @@ def draw_attention(args):
         statistic, threshold, ratio = (settings[name] for name in ("attention", "threshold", "ratio"))
     names, images = own_images(args.images, args.count, "IMAGES")
     plt, trunk = common.pyplot(), backbone(args, settings)
-    images = [TF.resize(image, settings.get("size", 224)) for image in images]  # short side
+    images = [TF.resize(image, settings["size"]) for image in images]  # short side
     framed = f"at least {threshold}" if ratio is None else f"highest {ratio:g} %"
     titles = ["image", f"attention ({statistic}), framed: {framed}"]
     figure = draw_columns(plt, [[image, image] for image in images], titles, names)
@@ -330,7 +333,12 @@ def draw_attention(args):
         for i, j in chosen.nonzero().tolist():
             corner = (j * width - 0.5, i * height - 0.5)
             axis.add_patch(plt.Rectangle(corner, width, height, fill=False, ec="#E69F00", lw=1.5))
-    figure.colorbar(shown, ax=figure.axes, location="bottom", shrink=0.5, label="attention", aspect=40)
+    height = (
+        figure.get_figheight() + 0.3
+    )  # inches: room for the bar, which is as thick in a high picture as in a low one
+    figure.set_figheight(height)
+    bar = {"location": "bottom", "shrink": 0.5, "fraction": 0.12 / height, "pad": 0.1 / height}
+    figure.colorbar(shown, ax=figure.axes, label="attention", **bar)
     return figure
 
 
@@ -346,7 +354,7 @@ def draw_matches(args):
     views = []
     for name, image in zip(names, images, strict=True):
         with common.drawing("figure", args.seed, name):
-            views.append([x for _ in range(2) for x in setsim.random_view(image, settings.get("size", 224), False)])
+            views.append([x for _ in range(2) for x in setsim.random_view(image, settings["size"], False)])
 
     def matcher(z_q, z_k, window_q, window_k, rng):
         return setsim.match(z_q, z_k, window_q, window_k, "set2set-nn", "abs", THRESHOLD, None, 0.0, False, None)
@@ -355,6 +363,7 @@ def draw_matches(args):
         world = common.World(0, 1, 0, device())
         method = setsim.build(argparse.Namespace(**settings | {"amp": "none"}), world)
         method.load_state_dict(state["model"])
+        print(f"a run of setsim.py at step {state['step']}: its own networks and matcher", flush=True)
         features = method.eval().features
         matcher = method.matcher if settings["matcher"] != "none" else matcher
     else:
