@@ -5,7 +5,7 @@
     randomness     key_seed, generator, drawing: every draw is a function of a key, no state is kept
     images         read_image, ImageFolder, Scenes, Batches: from a folder to (epoch, index) pairs
     networks       ResNetTrunk, Queue, momentum_update, load_backbone
-    training       cosine_lr, Checkpoints, RunLog, progress, draw_curves, run_main
+    training       cosine_lr, Checkpoints, RunLog, progress, save_figure, draw_curves, run_main
 
 Every function takes what it needs as arguments and works without a process group (a world of one), so that it can be
 copied into other code on its own.
@@ -588,10 +588,10 @@ def load_checkpoint_file(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0].split(". ")[0][
-            :150
-        ]  # then torch advises to trust the file
-        raise UserError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__} {reason})") from None
+        # of torch's message the first sentence alone: it goes on to advise to trust the file
+        sentence = (str(error).strip().splitlines() or [""])[0].split(". ")[0]
+        reason = ": ".join(filter(None, (type(error).__name__, sentence[:150])))
+        raise UserError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
 
 
 def load_backbone(source, arch):
@@ -629,11 +629,9 @@ def load_backbone(source, arch):
         prefixes = [name.removesuffix("conv1.weight") for name in names if name.endswith("conv1.weight")]
         prefixes = [prefix for prefix in prefixes if f"{prefix}layer3.0.conv1.weight" in values]
         tails = [name.removesuffix("layer4.0.conv1.weight") for name in names if name.endswith("layer4.0.conv1.weight")]
-        for prefix in prefixes:
-            if prefix in tails:
-                places.append((container, values, prefix, prefix))
-            elif len(tails) == 1 and tails[0] not in prefixes:  # detectors on C4 have the last stage in the head
-                places.append((container, values, prefix, tails[0]))
+        places.extend((container, values, prefix, prefix) for prefix in prefixes if prefix in tails)
+        if len(prefixes) == len(tails) == 1 and prefixes != tails:  # detectors on C4 have the last stage in the head
+            places.append((container, values, prefixes[0], tails[0]))
         for name in names:
             search(f"{container}{name}.", values[name])
 

@@ -84,7 +84,7 @@ def get_args(argv=None):
 
 
 def parse_weights(words):
-    """["ours=a.pth", "b.pth"] -> {"ours": "a.pth", "b": "b.pth", "random": "random"}: random initialisation is always there.
+    """["ours=a.pth", "b.pth"] -> {"ours": "a.pth", "b": "b.pth", "random": "random"}: random weights are always there.
 
     Errors:
         UserError: no name; one that stands for something else already.

@@ -81,7 +81,7 @@ class CocoObjects:
     Args:
         root, split: DATA and SPLIT. masks: keep the outlines in memory too.
     Errors:
-        UserError: no such files, not COCO's format, no objects; the first image is not as large as annotated.
+        UserError: no such files, not COCO's format, no objects; images are not as large as annotated.
     """
 
     def __init__(self, root, split, masks=False):
@@ -119,12 +119,16 @@ class CocoObjects:
         self.ends = np.cumsum(counts)
         self.sizes, self.files = sizes[has].astype(np.int64), np.array([files[row] for row in has])
         self.outlines = [found[row].get("segmentation") for row in order] if masks else None
-        try:
-            self[0]
-        except WrongSize as error:  # of one image, it will be so of all
-            raise UserError(f"{self.name(0)}: {error}: give the images that {path} was made for") from None
-        except OSError:
-            pass  # said when it is its turn
+        wrong, samples = [], {0, len(self) // 2, len(self) - 1}
+        for index in samples:
+            try:
+                self[index]
+            except WrongSize as error:
+                wrong.append(f"{self.name(index)}: {error}")
+            except OSError:
+                pass  # said when it is its turn
+        if len(wrong) == len(samples):
+            raise UserError(f"{wrong[0]}, and others, too: give the images that {path} was made for")
 
     def __len__(self):
         return len(self.files)
@@ -208,10 +212,10 @@ def header(module, argv, settings):
 
 
 def require_own_folder(folder, settings):
-    """Make the output folder, and keep results of other settings from being replaced; `workers` changes none.
+    """Make the output folder, and keep results of other settings from being replaced.
 
     Errors:
-        UserError: no such folder can be made; it holds results.json of other settings, or one that cannot be read.
+        UserError: no such folder can be made; it holds results.json of other settings or of another probe.
     """
     common.make_output_dir(folder)
     path = os.path.join(folder, "results.json")
@@ -219,12 +223,15 @@ def require_own_folder(folder, settings):
         return
     try:
         with open(path) as file:
-            before = json.load(file)["settings"]
+            before = dict(json.load(file)["settings"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not the results of a probe: give another --output-dir") from None
-    differing = [name for name in settings if name != "workers" and settings[name] != before.get(name)]
+        before = {}
+    if before.keys() != settings.keys():
+        raise UserError(f"{path}: not the results of this probe: give another --output-dir")
+    same = ("workers", "output_dir")  # they change no result
+    differing = [name for name in settings if name not in same and settings[name] != before[name]]
     if differing:
-        what = ", ".join(f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in differing)
+        what = ", ".join(f"{name} {before[name]!r} -> {settings[name]!r}" for name in differing)
         raise UserError(f"{path}: results of other settings are there ({what}): give another --output-dir")
 
 

@@ -33,7 +33,7 @@ from torchvision import transforms
 
 import common
 from common import UserError, print0
-from probes.frozen import frozen_trunk, header, write_results
+from probes.frozen import frozen_trunk, header, require_own_folder, write_results
 
 # ======================================================================================================================
 # Settings
@@ -252,6 +252,8 @@ def main(argv=None):
     settings |= {"files": images.fingerprint(), "test_files": tests.fingerprint()}
     checkpoints = common.Checkpoints(args.output_dir, NAME, settings)
     state = checkpoints.load()
+    if not state:
+        require_own_folder(args.output_dir, settings)
     common.require_agreement(
         (settings["files"], settings["test_files"], settings["weights"], state and state["step"]),
         "the processes see different images, weights or checkpoints: --data, --weights and --output-dir must be the same "

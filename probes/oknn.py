@@ -132,8 +132,10 @@ class Variants(torch.utils.data.Dataset):
         for _ in range(common.TRIES):
             another = (index + 1 + torch.randint(len(self) - 1, (), generator=rng).item()) % len(self)
             other, further = readable(self.objects, another)
-            if (another + further - index) % len(self):
-                break  # it is not the image itself, that stands in for an unreadable one
+            if further < common.TRIES and (another + further - index - passed) % len(self):
+                break  # it is not the image itself, standing in for an unreadable one
+        else:
+            boxes, labels = boxes[:0], labels[:0]  # no other image can be read
         other = ImageOps.fit(other.image, resized.size, Image.Resampling.BILINEAR)
         return torch.stack([x, disturb(x, boxes, TF.pil_to_tensor(other))]), boxes, labels, index, passed
 

@@ -349,6 +349,19 @@ def test_load_backbone_refuses_a_single_missing_or_misshapen_tensor(tmp_path):
     assert weights.keys() == GOOD.keys() and "; 0 others" in line
 
 
+def test_load_backbone_does_not_guess_whose_last_stage_it_is(tmp_path):
+    body = {name: tensor for name, tensor in GOOD.items() if not name.startswith("layer4.")}
+    stage = {name: tensor for name, tensor in GOOD.items() if name.startswith("layer4.")}
+    for state in (
+        prefixed("encoder_q.", body) | prefixed("encoder_k.", body) | prefixed("encoder_k.head.", stage),
+        prefixed("a.", body) | prefixed("b.", stage) | prefixed("c.", stage),
+        body,
+    ):
+        torch.save(state, tmp_path / "file.pth")
+        with pytest.raises(common.UserError, match="no ResNet in it"):
+            common.load_backbone(tmp_path / "file.pth", "resnet18")
+
+
 class Evil:
     def __reduce__(self):
         return print, ("code from a checkpoint was run",)

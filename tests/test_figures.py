@@ -355,6 +355,16 @@ def test_matches_of_any_other_backbone_are_those_of_setsims_defaults(tmp_path, p
         assert one.positives.any()
 
 
+@pytest.mark.parametrize("settings", [{"size": None, "arch": "r18"}, {"size": [224, 224]}, "none"])
+def test_settings_of_foreign_checkpoints_do_no_harm(tmp_path, photos, settings):
+    torch.save({"settings": settings, "model": common.ResNetTrunk("resnet18").state_dict()}, tmp_path / "weights.pth")
+    flags = ["--arch", "resnet18", "--count", 1, "--out", tmp_path / "m.png"]
+    figure = drawn("attention", tmp_path / "weights.pth", photos, *flags)
+    assert pixels(figure.axes[0]).shape == (224, 336, 3)
+    drawn("matches", tmp_path / "weights.pth", photos, *flags)
+    assert Image.open(tmp_path / "m.png").size == (5 * 230 + 6, 230 + 20)
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_attention_of_a_plain_backbone_is_setsims_for_that_image(tmp_path, photos, wrapped):
     """Bare weights want --arch; a checkpoint of another script says it itself, and the size of its views."""
@@ -590,7 +600,7 @@ BAD = {
     "attention strange.pth empty": "IMAGES empty: no images in it or below",
     "matches strange.pth nowhere": "IMAGES nowhere: no such folder",
     "matches strange.pth empty": "IMAGES empty: no images in it or below",
-    "matches strange.pth photos --count 0": "--count 0: must be between 1 and 100",
+    "matches strange.pth photos --count 0": "--count 0: must be between 1 and 40",
     "curves binary": "binary/log.jsonl: not a log of these scripts",
     "curves odd": "odd: nothing is logged yet",
     "ap odd": "odd: no AP over IoU thresholds in its results.jsonl",

@@ -402,6 +402,10 @@ def test_linear_bad_input(classes, finished, tmp_path):
     shutil.rmtree(flat / "val" / "train")
     assert "one class alone" in error_of(linear.main, "--data", flat, *out)
     data = ["--data", classes, *out]
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "results.json").write_text('{"settings": {"count": 3}}')  # of another probe
+    assert "not the results of this probe" in error_of(linear.main, *data)
+    (tmp_path / "out" / "results.json").unlink()
     assert "30 images are fewer than --batch-size 64" in error_of(linear.main, *data, "--batch-size", "64")
     assert "--epochs 0: must be at least 1" in error_of(linear.main, *data, "--epochs", "0")
     assert "no such file" in error_of(linear.main, *data, "--weights", "nowhere.pth")
@@ -516,18 +520,23 @@ def test_images_that_do_not_fit_their_annotations(coco, tmp_path):
     objects = frozen.CocoObjects(str(tmp_path / "coco"), "val2017")
     with pytest.raises(OSError, match="annotated as"):
         objects[4]
-    Image.new("RGB", (50, 50)).save(tmp_path / "coco" / "val2017" / "000.png")
-    with pytest.raises(
-        common.UserError,
-        match=r"000.png: 50 x 50 pixels, annotated as 96 x 72: give the images that .*2017.json was made for",
-    ):
-        frozen.CocoObjects(str(tmp_path / "coco"), "val2017")  # resized images beside the old annotations
     item, passed = frozen.readable(objects, 4)
     assert passed == 1 and torch.equal(item.boxes, objects[5].boxes)
     shutil.rmtree(tmp_path / "coco" / "val2017")
     (tmp_path / "coco" / "val2017").mkdir()
     item, passed = frozen.readable(objects, 4)
     assert passed == common.TRIES and len(item.boxes) == len(item.labels) == 0
+
+
+def test_resized_images_beside_their_old_annotations_are_named(coco, tmp_path):
+    shutil.copytree(coco, tmp_path, dirs_exist_ok=True)
+    for i in (0, 4, 8):
+        frozen.CocoObjects(str(tmp_path), "val2017")  # single ones are passed over
+        Image.new("RGB", (50, 50)).save(tmp_path / "val2017" / f"{i:03}.png")
+    with pytest.raises(
+        common.UserError, match=r"0.png: 50 x 50 pixels, annotated as .* give the images that .*2017.json"
+    ):
+        frozen.CocoObjects(str(tmp_path), "val2017")
 
 
 @pytest.mark.parametrize("main, flags", [(oknn.main, "--train val2017"), (bias.main, "--count 4")])
@@ -680,6 +689,21 @@ def test_the_other_image_is_drawn_and_never_the_image_itself(coco, tmp_path, mon
         changed = (x[1] != x[0]).any(0)
         assert torch.equal(x[1][:, changed], TF.pil_to_tensor(other)[:, changed]) and changed.float().mean() > 0.2
     assert others == {2, 3, 4, 5, 6, 7, 8}
+
+
+def test_where_no_other_image_can_be_read_there_are_no_objects(coco, tmp_path):
+    """And an image that stands in for an unreadable one is not disturbed with itself."""
+    shutil.copytree(coco, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "two" / "000.png").write_bytes(b"broken")
+    (tmp_path / "train2017" / "000.png").write_bytes(b"broken")
+    objects = frozen.CocoObjects(str(tmp_path), "two")
+    for index in (0, 1):
+        x, boxes, labels, _, passed = oknn.Variants(objects, 64, None, True, 0, "queries")[index]
+        assert len(x) == 2 and len(boxes) == len(labels) == 0 and passed == 1 - index
+    objects = frozen.CocoObjects(str(tmp_path), "train2017")
+    for seed in range(30):  # index 0 shows image 1
+        x, _, labels, _, passed = oknn.Variants(objects, 64, None, True, seed, "bank")[0]
+        assert passed == 1 and len(labels) == 3 and (x[0] != x[1]).any(0).float().mean() > 0.2
 
 
 def test_scenes_of_bank_and_queries_are_different_ones():
@@ -1094,8 +1118,10 @@ def test_results_of_other_settings_are_not_replaced(main, flags, tmp_path):
     assert "results of other settings are there (data 'scenes:5' -> 'scenes:6', seed 0 -> 3)" in message
     assert (tmp_path / "results.json").read_bytes() == before
     main([*flags, "--workers", "1"] if main is oknn.main else flags)  # the same, again
-    (tmp_path / "results.json").write_text("[]")
-    assert "not the results of a probe" in error_of(main, *flags)
+    main([*flags[:-1], f"{tmp_path}/."])  # the folder in other words
+    for other in ("[]", '{"settings": ["a"]}', "{"):
+        (tmp_path / "results.json").write_text(other)
+        assert "not the results of this probe" in error_of(main, *flags)
 
 
 def test_probes_of_one_process_refuse_several(monkeypatch, tmp_path):

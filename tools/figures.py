@@ -33,7 +33,7 @@ STYLES = ("-", "--", ":")  # where there are more runs than colours
 NOT_DRAWN = "step epoch images_per_s data_share bad_images images cells objects".split()
 THRESHOLD = 0.7  # PAPER: SetSim's delta, for backbones that come without one
 LONG_SIDE = 400  # pixels of a picture in a column
-MOST = 100  # images in a picture: more would make one that no program opens
+MOST = 40  # images in a picture: more would make one that few programs open
 
 
 def get_args(argv=None):
@@ -52,7 +52,7 @@ def get_args(argv=None):
             flag("images", metavar="IMAGES", help="folder of images, searched recursively")
             flag("--arch", default="resnet50", choices=common.ARCHS, help="the ResNet in CHECKPOINT, if it does not say so itself")
             flag("--size", default=None, type=int, help="side of a crop, short side of a whole image, in pixels; default CHECKPOINT's own, else 224")
-            flag("--seed", default=0, type=int, help="of the crops, and of random weights")
+            flag("--seed", default=0, type=int, help="of the crops of `matches`, and of random weights")
         if name not in ("curves", "ap"):
             flag("--count", default=6, type=int, metavar="N", help="so many images at most, spread evenly over all there are")
         return flag
@@ -190,7 +190,9 @@ def draw_curves(args):
         for place, values in enumerate(runs):
             points = values.get(name, [])
             marker = "." if len(points) < 20 else ""
-            width = 1.4 + 0.8 * (len(runs) - 1 - place)  # equal curves: the later one lies thinner on the earlier
+            width = 1.4 + min(
+                0.8 * (len(runs) - 1 - place), 2
+            )  # equal curves: the later one lies thinner on the earlier
             axis.plot(
                 *np.reshape(points, (-1, 2)).T, lw=width, marker=marker, label=args.names[place], **line_of(place)
             )
@@ -261,6 +263,11 @@ def draw_ap(args):
     return figure
 
 
+def shortened(name, length):
+    """The end of a long name."""
+    return name if len(name) <= length else f"...{name[3 - length :]}"
+
+
 def draw_columns(plt, rows, titles, names):
     """Pictures in columns.
 
@@ -277,7 +284,7 @@ def draw_columns(plt, rows, titles, names):
         for axis, picture in zip(line, row, strict=True):
             axis.imshow(np.asarray(picture))
             axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name if len(name) <= 24 else f"...{name[-21:]}", fontsize=7)
+        line[0].set_ylabel(shortened(name, 24), fontsize=7)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=10)
     return figure
@@ -289,18 +296,20 @@ def device():
 
 
 def pretrained(args):
-    """What CHECKPOINT says of itself: (its content, settings of its run, --size among them)."""
+    """What CHECKPOINT says of itself: (its content, settings of its run, `size` and `arch` always among them)."""
     named = args.checkpoint in ("imagenet", "random")
     state = {} if named else common.load_checkpoint_file(args.checkpoint)
     state = state if isinstance(state, dict) else {}
     settings = state.get("settings")
     settings = settings if isinstance(settings, dict) else {}
-    return state, settings | {"size": args.size or settings.get("size", 224)}
+    size, arch = settings.get("size"), settings.get("arch")
+    size = args.size or (size if isinstance(size, int) else 224)
+    return state, settings | {"size": size, "arch": arch if arch in common.ARCHS else args.arch}
 
 
 def backbone(args, settings):
     """The frozen backbone in CHECKPOINT."""
-    trunk, _, line = frozen_trunk(args.checkpoint, settings.get("arch", args.arch), args.seed, device())
+    trunk, _, line = frozen_trunk(args.checkpoint, settings["arch"], args.seed, device())
     print(line, flush=True)
     return trunk
 
@@ -333,9 +342,8 @@ def draw_attention(args):
         for i, j in chosen.nonzero().tolist():
             corner = (j * width - 0.5, i * height - 0.5)
             axis.add_patch(plt.Rectangle(corner, width, height, fill=False, ec="#E69F00", lw=1.5))
-    height = (
-        figure.get_figheight() + 0.3
-    )  # inches: room for the bar, which is as thick in a high picture as in a low one
+    # the bar is as thick in a high picture as in a low one; all in inches
+    height = figure.get_figheight() + 0.3
     figure.set_figheight(height)
     bar = {"location": "bottom", "shrink": 0.5, "fraction": 0.12 / height, "pad": 0.1 / height}
     figure.colorbar(shown, ax=figure.axes, label="attention", **bar)
@@ -406,7 +414,7 @@ def draw_crops(matches, names, images, windows_q, windows_k):
             right, bottom = small.width - 1, small.height - 1
             edges = (left + x0 * right, top + y0 * bottom, left + x1 * right, top + y1 * bottom)
             draw.rectangle(edges, outline=colour, width=2)
-        draw.text((left, top + small.height + 2), name[-36:], fill="black")
+        draw.text((left, top + small.height + 2), shortened(name, 36), fill="black")
     return canvas
 
 
