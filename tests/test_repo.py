@@ -65,7 +65,7 @@ def test_every_command_of_the_readme_parses(monkeypatch):
         module(script).get_args(flags)  # raises for an unknown flag or a setting that makes no sense
 
 
-MODULES = {"tools.proposals": 4, "tools.openimages_mini": 1, "tools.to_detectron2": 2, "tools.figures": 4, "probes.linear": 3, "probes.oknn": 3,
+MODULES = {"tools.proposals": 4, "tools.openimages_mini": 1, "tools.to_detectron2": 2, "tools.figures": 5, "probes.linear": 3, "probes.oknn": 3,
            "probes.bias": 2}  # fmt: skip
 
 
