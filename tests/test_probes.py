@@ -700,6 +700,16 @@ def test_where_no_other_image_can_be_read_there_are_no_objects(coco, tmp_path):
     for index in (0, 1):
         x, boxes, labels, _, passed = oknn.Variants(objects, 64, None, True, 0, "queries")[index]
         assert len(x) == 2 and len(boxes) == len(labels) == 0 and passed == 1 - index
+    good = objects[1]
+
+    class OneOfThirty(Numbers):
+        def __getitem__(self, index):
+            if index:
+                raise OSError("broken")
+            return good
+
+    x, boxes, _, _, passed = oknn.Variants(OneOfThirty(30), 64, None, True, 0, "queries")[0]
+    assert len(x) == 2 and len(boxes) == passed == 0
     objects = frozen.CocoObjects(str(tmp_path), "train2017")
     for seed in range(30):  # index 0 shows image 1
         x, _, labels, _, passed = oknn.Variants(objects, 64, None, True, seed, "bank")[0]
