@@ -937,7 +937,7 @@ def progress(items, total, done=0, what="images", size=lambda item: 1):
                 pace = max(done - first, 1e-9) / (said - started)
                 left = int((total - done) / pace)
                 eta = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-                print(f"{done:.0f}/{total:.0f} {what}, {pace:.1f} a second, eta {eta}", flush=True)
+                print(f"{done}/{total} {what}, {pace:.1f} a second, eta {eta}", flush=True)
 
 
 def pyplot():

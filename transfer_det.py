@@ -1954,9 +1954,8 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
     if args.precise_bn and not precise:
         loader = batches(total, total + args.precise_bn)
         print0(f"precise batch norm over {args.precise_bn} batches")
-        numbered = enumerate(
-            common.progress(loader, args.precise_bn, what="batches") if world.rank == 0 else loader, total
-        )
+        told = common.progress(loader, args.precise_bn, what="batches") if world.rank == 0 else loader
+        numbered = enumerate(told, total)
         precise_bn(model, ((number, *batch[:2]) for number, batch in numbered), lambda *a: forward(model, *a))
         precise = True
         save()

@@ -25,6 +25,7 @@ rows of its table of decisions.
 
 import argparse
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -362,16 +363,10 @@ def read_cityscapes(root, split):
         "labelIds": table_of(CITYSCAPES, set(range(256)) - CITYSCAPES.keys()),
     }
     pairs, images = [], os.path.join(root, "leftImg8bit", split)
-    for city in (
-        sorted(c for c in os.listdir(images) if os.path.isdir(os.path.join(images, c))) if os.path.isdir(images) else []
-    ):
-        for name in sorted(os.listdir(os.path.join(images, city))):
-            if name.endswith("_leftImg8bit.png"):
-                stem = os.path.join("gtFine", split, city, name.replace("_leftImg8bit.png", "_gtFine"))
-                there = os.path.exists(os.path.join(root, f"{stem}_labelTrainIds.png"))
-                kind = "labelTrainIds" if there else "labelIds"
-                image = os.path.join("leftImg8bit", split, city, name)
-                pairs.append((image, f"{stem}_{kind}.png", tables[kind]))
+    for name in sorted(glob.glob(os.path.join("*", "*_leftImg8bit.png"), root_dir=images)):  # CITY/IMAGE
+        stem = os.path.join("gtFine", split, name.replace("_leftImg8bit.png", "_gtFine"))
+        kind = "labelTrainIds" if os.path.exists(os.path.join(root, f"{stem}_labelTrainIds.png")) else "labelIds"
+        pairs.append((os.path.join("leftImg8bit", split, name), f"{stem}_{kind}.png", tables[kind]))
     names, colours = zip(*CITYSCAPES.values(), strict=True)
     return MaskData(root, pairs, list(names), palette_of(colours), f"Cityscapes {split}", HELP["cityscapes"])
 

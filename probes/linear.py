@@ -57,7 +57,7 @@ def get_args(argv=None):
     flag("--epochs", default=None, type=int, help="the schedule's length; default the preset's")
     flag("--batch-size", default=256, type=int, help="over all processes; must be divisible by their number")
     flag("--lr", default=30.0, type=float, help="at batch 256, scaled linearly with the batch; no other value than 30 is comparable with the papers")
-    flag("--amp", default="none", choices=tuple(AMP), help="autocast of the frozen backbone, about twice as fast; the classifier is fp32 always")
+    flag("--amp", default="none", choices=tuple(AMP), help="autocast of the frozen backbone, faster where the hardware has it; the classifier is fp32 always")
     flag("--seed", default=0, type=int, help="of crops, flips, order, fc's first weights and random backbones")
     flag("--steps", default=None, type=int, help="stop after so many steps in all, schedule unchanged")
     flag("--workers", default=min(8, common.usable_cores()), type=int, help="loader processes for each process; no influence on results")

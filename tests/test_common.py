@@ -582,8 +582,8 @@ def test_progress_without_a_terminal_is_a_line_every_ten_seconds(monkeypatch, ca
     monkeypatch.setattr(common.time, "time", lambda: next(clock))
     assert list(common.progress("abcdef", 8, 2, what="letters")) == list("abcdef")
     assert capsys.readouterr().out.splitlines()[0] == "4/8 letters, 0.1 a second, eta 0:00:48"
-    assert list(common.progress([0.5, 2.5, 1.0], 4.0, what="MB", size=lambda item: item)) == [0.5, 2.5, 1.0]
-    assert capsys.readouterr().out.startswith("3/4 MB, 0.1 a second, eta 0:00:")
+    assert list(common.progress([1, 3, 0], 4, what="MB", size=lambda item: item)) == [1, 3, 0]
+    assert capsys.readouterr().out.startswith("4/4 MB, 0.2 a second, eta 0:00:")
 
 
 def test_a_figure_is_written_whole_and_closed(tmp_path, monkeypatch):

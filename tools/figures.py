@@ -190,12 +190,9 @@ def draw_curves(args):
         for place, values in enumerate(runs):
             points = values.get(name, [])
             marker = "." if len(points) < 20 else ""
-            width = 1.4 + min(
-                0.8 * (len(runs) - 1 - place), 2
-            )  # equal curves: the later one lies thinner on the earlier
-            axis.plot(
-                *np.reshape(points, (-1, 2)).T, lw=width, marker=marker, label=args.names[place], **line_of(place)
-            )
+            # of equal curves the later one lies thinner on the earlier
+            style = line_of(place) | {"lw": 1.4 + min(0.8 * (len(runs) - 1 - place), 2), "marker": marker}
+            axis.plot(*np.reshape(points, (-1, 2)).T, label=args.names[place], **style)
             if place in compared:
                 other, turn = yardstick(name, values), compared.index(place)
                 style = line_of(place) | {"ls": (6 * turn, (6, 6 * max(1, len(compared) - 1))), "lw": 0.9}  # in turn

@@ -238,7 +238,7 @@ def is_row(row, columns, width):
 
 
 def read_chunks(path, classes, rows_at_once):
-    """Yield (megabytes, 0 of a pipe, and what parse_rows gives) of one chunk of the CSV after the other.
+    """Yield (whole megabytes, 0 of a pipe, and what parse_rows gives) of one chunk of the CSV after the other.
 
     Errors:
         UserError: cannot be read, lacks a column, or a malformed row: names its line.
@@ -262,7 +262,7 @@ def read_chunks(path, classes, rows_at_once):
                     "mend or remove it, or download the file again"
                 ) from None
             before, position = position, file.buffer.tell() if file.seekable() else 0
-            yield (position - before) / 1e6, chunk
+            yield position // 10**6 - before // 10**6, chunk
 
 
 def read_boxes(path, mids, rows_at_once=20_000):
@@ -276,13 +276,12 @@ def read_boxes(path, mids, rows_at_once=20_000):
         UserError: see read_chunks; or there is no such file.
     """
     classes = {mid: number for number, mid in enumerate(mids)}
-    megabytes = os.path.getsize(path) / 1e6 if os.path.isfile(path) else 0
+    megabytes = os.path.getsize(path) // 10**6 if os.path.isfile(path) else 0
     columns = {"image": bytearray(), "category": bytearray(), "corners": bytearray(), "group": bytearray()}
     provisional, numbers, unknown = [np.zeros(0, np.uint64)], 0, 0
     chunks = read_chunks(path, classes, rows_at_once)
-    for _, (ids, category, corners, group) in common.progress(
-        chunks, megabytes, what="MB of boxes", size=lambda x: x[0]
-    ):
+    chunks = common.progress(chunks, megabytes, what="MB of boxes", size=lambda item: item[0])
+    for _, (ids, category, corners, group) in chunks:
         known = category >= 0
         unknown += int((~known).sum())
         ids, image = np.unique(ids[known], return_inverse=True)
