@@ -302,7 +302,7 @@ def test_blocks_of_both_transfer_scripts_are_equal(name):
     assert definition("transfer_det.py", name) == definition("transfer_seg.py", name)
 
 
-@pytest.mark.parametrize("name, lines", {"remembered": 4, "main": 17, "fine_tune": 48}.items())
+@pytest.mark.parametrize("name, lines", {"remembered": 4, "main": 17, "fine_tune": 49}.items())
 def test_transfer_scripts_differ_where_they_have_to(name, lines):
     """Both do a run in the same way: a change in one of them that should be in the other shows as more lines."""
     sources = []
