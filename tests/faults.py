@@ -6,25 +6,26 @@
 Each row of FAULTS is one small wrong behaviour, and the quickest tests that catch it. Those rows whose description or file
 name contains all the WORDS are tried, two side by side: the fault is put into a temporary copy of the repository, only its
 tests run there, and one of them has to fail. --clean first demands that the tests pass without faults. The exit code is 0
-if every fault is caught.
+if every fault is caught. Needs fork, so not Windows; a fault takes a second or two, as torch is imported only once.
 """
 
 import argparse
+import contextlib
+import importlib
 import os
 import pathlib
-import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-PYTEST += ["-o", "addopts=--strict-markers --strict-config"]
+PYTEST = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=--strict-markers --strict-config"]
+IMPORTED_ONCE = "pytest numpy scipy.io scipy.optimize scipy.ndimage PIL.Image pycocotools.cocoeval torch torchvision.models.detection"
 SIDE_BY_SIDE, TOO_LONG = 2, 300  # faults, seconds
 
 
@@ -35,7 +36,7 @@ class Fault(NamedTuple):
     file: str
     old: str
     new: str
-    tests: str  # ids, separated by spaces; one with a space in its brackets stands alone
+    tests: str  # ids, separated by spaces
 
 
 def main(argv=None):
@@ -44,70 +45,102 @@ def main(argv=None):
     parser.add_argument("--clean", action="store_true", help="first run the tests without faults: they must pass")
     args = parser.parse_args(argv)
     chosen = [f for f in FAULTS if all(word.lower() in f"{f.what} {f.file}".lower() for word in args.words)]
-    started, copies = time.time(), queue.Queue()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        for number in range(SIDE_BY_SIDE):
-            copies.put(copy_repository(pathlib.Path(folder) / str(number)))
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # files change within a second
+    sys.dont_write_bytecode = True
+    for name in IMPORTED_ONCE.split():
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        copies = [copy_repository(pathlib.Path(scratch) / str(number)) for number in range(SIDE_BY_SIDE)]
         if args.clean:
-            code, output = run_tests(copies.queue[0], sorted({test for f in chosen for test in ids(f)}), 20 * TOO_LONG)
-            print(f"without faults: {'all tests pass' if code == 0 else output}", flush=True)
-            if code:
+            pid = start_tests(copies[0], sorted({test for fault in chosen for test in ids(fault)}), limit=0)
+            if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+                print(f"without faults not all tests pass:\n{output(copies[0])}")
                 return 1
-        outcomes = list(pool.map(lambda fault: try_fault(fault, copies), chosen))
-    caught = outcomes.count("caught")
+            print("without faults all tests pass", flush=True)
+        started, caught = time.time(), try_all(chosen, copies)
     print(f"{caught} of {len(chosen)} faults are caught, {time.time() - started:.0f} s")
     return int(caught < len(chosen))
 
 
+def try_all(faults, copies):
+    """Try faults, one in each copy at a time; print a line for each. Returns: how many are caught."""
+    waiting, running, caught = list(faults), {}, 0  # running: {process: (fault, copy, whole text of its file, start)}
+    while waiting or running:
+        if waiting and copies:
+            fault, folder = waiting.pop(0), copies[-1]
+            path = folder / fault.file
+            whole = path.read_text() if path.exists() else ""
+            if whole.count(fault.old) != 1 or fault.old == fault.new:
+                print(f"patch does not apply: {fault.what} ({fault.file})", flush=True)
+                continue
+            path.write_text(whole.replace(fault.old, fault.new))
+            running[start_tests(folder, ids(fault))] = fault, copies.pop(), whole, time.time()
+            continue
+        pid, status = os.wait()
+        fault, folder, whole, started = running.pop(pid)
+        (folder / fault.file).write_text(whole)
+        outcome = judge(os.waitstatus_to_exitcode(status), fault, folder)
+        copies.append(folder)
+        caught += outcome == "caught"
+        print(f"{outcome}: {fault.what} ({fault.file}, {time.time() - started:.0f} s)", flush=True)
+    return caught
+
+
+def judge(code, fault, folder):
+    """What came of a fault, from pytest's exit code; a test that cannot even be started does not catch anything."""
+    if code == 0:
+        return "SURVIVED"
+    if code == -signal.SIGALRM:
+        return f"no result after {TOO_LONG} s"
+    if code == 1 and re.search(r"^\d+ failed", output(folder).splitlines()[-1]):
+        return "caught"
+    again = os.waitpid(start_tests(folder, ids(fault)), 0)[1]
+    return (
+        "tests do not pass or exist without the fault" if again else "the patched file cannot even be imported or used"
+    )
+
+
 def ids(fault):
-    """The tests of a fault, as pytest wants them."""
+    """The tests of a fault, as pytest wants them; there may be blanks in brackets."""
     return re.findall(r"tests/\S+?\.py::\w+(?:\[[^\]]*\])?", fault.tests)
 
 
 def copy_repository(folder):
     """Copy what git tracks or would track to `folder`."""
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, stdout=subprocess.PIPE, check=True)
-    for name in filter(None, names.stdout.decode().split("\0")):
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     return folder
 
 
-def run_tests(folder, tests, limit=TOO_LONG):
-    """Run tests in a copy. Returns: pytest's exit code, None if it took too long; its output."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # files change within a second
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [*PYTEST, f"--basetemp={scratch}/pytest", *tests]
-        try:
-            done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=limit)
-        except subprocess.TimeoutExpired:
-            return None, "too long"
-    return done.returncode, done.stdout + done.stderr
+def output(folder):
+    return folder.with_suffix(".txt").read_text()
 
 
-def try_fault(fault, copies):
-    """Put one fault into a free copy, run its tests, mend the copy. Returns and prints what came of it."""
-    started, folder = time.time(), copies.get()
-    path = folder / fault.file
-    whole = path.read_text() if path.exists() else ""
-    if whole.count(fault.old) != 1 or fault.old == fault.new:
-        outcome = "patch does not apply"
-    else:
-        path.write_text(whole.replace(fault.old, fault.new))
-        code, output = run_tests(folder, ids(fault))
-        path.write_text(whole)
-        if code == 1 and re.search(r"^\d+ failed", output.splitlines()[-1]):
-            outcome = "caught"
-        elif code in (0, None):
-            outcome = "SURVIVED" if code == 0 else f"no result after {TOO_LONG} s"
-        elif run_tests(folder, ids(fault))[0] == 0:
-            outcome = "the patched file cannot be imported or used at all"
-        else:
-            outcome = "tests do not pass or exist without the fault"
-    copies.put(folder)
-    print(f"{outcome}: {fault.what} ({fault.file}, {time.time() - started:.0f} s)", flush=True)
-    return outcome
+def start_tests(folder, tests, limit=TOO_LONG):
+    """Run tests in a copy, in a process of its own. Returns: its number; it ends with pytest's exit code."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 3
+    try:
+        signal.alarm(limit)
+        text = os.open(folder.with_suffix(".txt"), os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        os.dup2(text, 1), os.dup2(text, 2)
+        os.chdir(folder)
+        sys.path[:] = [str(folder), *(place for place in sys.path if pathlib.Path(place).resolve() != ROOT)]
+        import pytest
+
+        code = int(pytest.main([*PYTEST, f"--basetemp={folder}.tmp", *tests]))
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
 
 
 # fmt: off
@@ -493,7 +526,7 @@ FAULTS = [
           "tests/test_common.py::test_groups_have_their_own_batch_statistics"),
     Fault("unshuffle applies the permutation once more", "common.py",
           "return shuffle(x, torch.argsort(permutation))", "return shuffle(x, permutation)",
-          "tests/test_setsim.py::test_keys_come_back_in_order"),
+          "tests/test_faults_gaps.py::test_unshuffle_undoes_shuffle"),
     Fault("weights: the key encoder's backbone is taken", "common.py",
           "min(places, key=lambda p: any(w in", "max(places, key=lambda p: any(w in",
           "tests/test_common.py::test_load_backbone_understands"),
@@ -521,6 +554,361 @@ FAULTS = [
     Fault("logged values are those of the last step, not means", "common.py",
           "self.sums = row if self.sums is None else self.sums + row", "self.sums = row",
           "tests/test_common.py::test_meter_takes_means_and_stops_at_nan"),
+    # ---- setsim.py
+    Fault("SetSim: min-max normalisation of the attention is dropped", "setsim.py",
+          "return (activity - low) / (high - low)", "return activity",
+          "tests/test_setsim.py::test_attention_on_a_worked_example"),
+    Fault("SetSim: the attention is normalised over the batch, not each map", "setsim.py",
+          "activity.amin(1, keepdim=True), activity.amax(1, keepdim=True)", "activity.amin(), activity.amax()",
+          "tests/test_setsim.py::test_a_map_without_contrast_selects_nothing tests/test_setsim.py::test_threshold_at_its_ends"),
+    Fault("SetSim: the attention adds up features with their signs", "setsim.py",
+          'z.abs().sum(1) if statistic == "abs"', 'z.sum(1) if statistic == "abs"',
+          "tests/test_setsim.py::test_attention_on_a_worked_example"),
+    Fault("SetSim: Eq. 4 with > for >=", "setsim.py",
+          "return A >= delta", "return A > delta",
+          "tests/test_setsim.py::test_threshold_at_its_ends"),
+    Fault("SetSim: the ratio of cells rounds down", "setsim.py",
+          "int(percent * A.shape[1] / 100 + 0.5)", "int(percent * A.shape[1] / 100)",
+          "tests/test_setsim.py::test_ratio_takes_the_highest_cells"),
+    Fault("SetSim: the ratio takes the lowest cells", "setsim.py",
+          "order = torch.argsort(A, dim=1, descending=True, stable=True)", "order = torch.argsort(A, dim=1, descending=False, stable=True)",
+          "tests/test_setsim.py::test_ratio_takes_the_highest_cells[10-5]"),
+    Fault("SetSim: cosine of cells without the keys' normalisation", "setsim.py",
+          "F.normalize(z_q.float(), dim=1), F.normalize(z_k.float(), dim=1)", "F.normalize(z_q.float(), dim=1), z_k.float()",
+          "tests/test_setsim.py::test_cosine_similarity_against_a_loop"),
+    Fault("SetSim: Eq. 6's comparison is flipped", "setsim.py",
+          "else similarity <= mu", "else similarity >= mu",
+          "tests/test_setsim.py::test_set_to_set_against_a_double_loop"),
+    Fault("SetSim: Eq. 6 keeps similarities of just mu, as the released code", "setsim.py",
+          "else similarity <= mu", "else similarity < mu",
+          "tests/test_setsim.py::test_set_to_set_against_a_double_loop"),
+    Fault("SetSim: the nearest neighbour is taken over queries instead of keys", "setsim.py",
+          "s = F.one_hot(similarity.argmax(2), similarity.shape[2]).bool()",
+          "s = F.one_hot(similarity.argmax(1), similarity.shape[2]).bool()",
+          "tests/test_setsim.py::test_set_to_set_against_a_double_loop"),
+    Fault("SetSim: neighbours are taken from the key's set alone", "setsim.py",
+          "s = F.one_hot(similarity.argmax(2),", "s = F.one_hot(similarity.masked_fill(~set_k[:, None], -2).argmax(2),",
+          "tests/test_setsim.py::test_set_to_set_against_a_double_loop"),
+    Fault("SetSim: official mu is the paper's", "setsim.py",
+          "mu=0.2, matcher=", "mu=0.0, matcher=",
+          "tests/test_setsim.py::test_presets"),
+    Fault("SetSim: random pairs are those of one order", "setsim.py",
+          "j = j[torch.randperm(len(j), generator=rng).to(j.device)]", "j = j + 0",
+          "tests/test_setsim.py::test_random_pairs"),
+    Fault("SetSim: sorted pairs match the highest with the lowest", "setsim.py",
+          "j = j[A_k[b, j].argsort(descending=True, stable=True)]", "j = j[A_k[b, j].argsort(descending=False, stable=True)]",
+          "tests/test_setsim.py::test_sorted_pairs_against_python_sort"),
+    Fault("SetSim: the Hungarian assignment has the largest distance", "setsim.py",
+          "linear_sum_assignment(1 - similarity[b]", "linear_sum_assignment(similarity[b]",
+          "tests/test_setsim.py::test_hungarian_finds_the_optimum"),
+    Fault("SetSim: hungarian takes the rows of the wrong view", "setsim.py",
+          "similarity[b][i][:, j].cpu()", "similarity[b][j][:, i].cpu()",
+          "tests/test_setsim.py::test_hungarian_finds_the_optimum"),
+    Fault("SetSim: geometry takes the shorter diagonal", "setsim.py",
+          "T * torch.maximum(diagonal_q, diagonal_k)", "T * torch.minimum(diagonal_q, diagonal_k)",
+          "tests/test_setsim.py::test_geometry_against_a_double_loop"),
+    Fault("SetSim: centres of cells lie at their corners", "setsim.py",
+          "x = x0[:, None] + (torch.arange(W, device=window.device) + 0.5)", "x = x0[:, None] + torch.arange(W, device=window.device)",
+          "tests/test_setsim.py::test_geometry_against_a_double_loop"),
+    Fault("SetSim: the flip is forgotten in the window", "setsim.py",
+          "        x0, x1 = x1, x0\n", "        pass\n",
+          "tests/test_setsim.py::test_windows_say_where_every_cell_lies"),
+    Fault("SetSim: crops of 8 to 100 percent of the area", "setsim.py",
+          "scale=(0.2, 1.0)", "scale=(0.08, 1.0)",
+          "tests/test_setsim.py::test_views_follow_the_recipe"),
+    Fault("SetSim: both views are the same draw", "setsim.py",
+          "            view_k, window_k = random_view(image, self.size, self.flip_first)\n",
+          "            view_k, window_k = view_q, window_q\n",
+          "tests/test_faults_gaps.py::test_the_two_views_are_different_draws"),
+    Fault("SetSim: the positive is left out of the denominator of Eq. 1", "setsim.py",
+          "return (torch.logaddexp(positive, negative_logsumexp(q, queue, temperature)) - positive).mean()",
+          "return (negative_logsumexp(q, queue, temperature) - positive).mean()",
+          "tests/test_setsim.py::test_image_loss_is_cross_entropy_with_target_zero"),
+    Fault("SetSim: each positive of Eq. 8 has itself alone in the denominator", "setsim.py",
+          "row_loss = torch.logaddexp(positive, negative) - (logits * c).sum(1) / c.sum(1)",
+          "row_loss = ((torch.logaddexp(logits, negative[:, None]) - logits) * c).sum(1) / c.sum(1)",
+          "tests/test_setsim.py::test_set_loss_against_eq_8_value_and_gradient"),
+    Fault("SetSim: the sum over positives is not divided by their number", "setsim.py",
+          "(logits * c).sum(1) / c.sum(1)", "(logits * c).sum(1)",
+          "tests/test_setsim.py::test_set_loss_against_eq_8_value_and_gradient"),
+    Fault("SetSim: set loss is a mean over all rows of the batch, not per image", "setsim.py",
+          "return (row_loss / has_positive.sum(1)[image]).sum() / len(p_q)", "return row_loss.sum() / has_positive.sum().clamp(min=1)",
+          "tests/test_setsim.py::test_set_loss_against_eq_8_value_and_gradient"),
+    Fault("SetSim: images without rows are left out of the mean", "setsim.py",
+          ".sum() / len(p_q)", ".sum() / has_positive.any(1).sum().clamp(min=1)",
+          "tests/test_setsim.py::test_set_loss_against_eq_8_value_and_gradient"),
+    Fault("SetSim: the temperature is missing in the negatives", "setsim.py",
+          "logits = rows @ queue.T / temperature", "logits = rows @ queue.T",
+          "tests/test_setsim.py::test_image_loss_is_cross_entropy_with_target_zero"),
+    Fault("SetSim: the gradient of the negatives forgets the temperature", "setsim.py",
+          ".exp_() @ queue / temperature)", ".exp_() @ queue)",
+          "tests/test_setsim.py::test_chunked_negatives_equal_the_whole_in_value_and_gradient"),
+    Fault("SetSim: set loss and image loss change their weights", "setsim.py",
+          "loss = (1 - self.loss_weight) * image_loss + self.loss_weight * set_loss  # PAPER: Eq. 9\n"
+          '        values = {"loss_image": image_loss.detach(), "loss_set": set_loss.detach()}\n'
+          "        return loss, values | health(found, q.detach(), p_q.detach())",
+          "loss = self.loss_weight * image_loss + (1 - self.loss_weight) * set_loss  # PAPER: Eq. 9\n"
+          '        values = {"loss_image": image_loss.detach(), "loss_set": set_loss.detach()}\n'
+          "        return loss, values | health(found, q.detach(), p_q.detach())",
+          "tests/test_setsim.py::test_total_loss_weighs_the_two_terms"),
+    Fault("SetSim: momentum update after the keys instead of before", "setsim.py",
+          "        common.momentum_update(self.key, self.query, self.ema)\n"
+          "        # 3. keys, in other company than their queries\n"
+          "        batch = len(view_q) * common.world_size()\n"
+          '        permutation = torch.randperm(batch, generator=common.generator("shuffle", self.seed, step))\n'
+          "        keys = self.encode_keys(views if self.symmetric else views[1:], permutation)\n",
+          "        batch = len(view_q) * common.world_size()\n"
+          '        permutation = torch.randperm(batch, generator=common.generator("shuffle", self.seed, step))\n'
+          "        keys = self.encode_keys(views if self.symmetric else views[1:], permutation)\n"
+          "        common.momentum_update(self.key, self.query, self.ema)\n",
+          "tests/test_setsim.py::test_momentum_update_before_the_keys_and_parameters_only"),
+    Fault("SetSim: keys are enqueued before they are compared", "setsim.py",
+          '        rng = common.generator("match", self.seed, step, rank)\n        if self.symmetric:\n',
+          '        rng = common.generator("match", self.seed, step, rank)\n        self.enqueue(keys)\n        if self.symmetric:\n',
+          "tests/test_setsim.py::test_losses_see_the_queues_as_they_were_and_enqueue_once[False]"),
+    Fault("SetSim: keys are not brought back in order", "setsim.py",
+          "(common.unshuffle(x, permutation) for x in output if x is not None)", "(x for x in output if x is not None)",
+          "tests/test_setsim.py::test_keys_are_normalised_in_other_company_than_queries"),
+    Fault("SetSim: dense keys are normalised before they are averaged", "setsim.py",
+          "F.normalize(key.dense.float().mean((2, 3)), dim=1) for key in keys]",
+          "F.normalize(F.normalize(key.dense.float(), dim=1).mean((2, 3)), dim=1) for key in keys]",
+          "tests/test_setsim.py::test_losses_see_the_queues_as_they_were_and_enqueue_once[False]"),
+    Fault("SetSim: the symmetric loss gives the way back the windows of the way there", "setsim.py",
+          "self.direction(queries[1], keys[0], window_k, window_q, rng)", "self.direction(queries[1], keys[0], window_q, window_k, rng)",
+          "tests/test_setsim.py::test_symmetric_loss_is_the_mean_of_both_directions"),
+    Fault("SetSim: the matcher sees the projections, not C5", "setsim.py",
+          "found = self.matcher(query.z.detach(), key.z, window_q, window_k, rng)",
+          "found = self.matcher(query.dense.detach(), key.dense, window_q, window_k, rng)",
+          "tests/test_setsim.py::test_matcher_sees_z_of_both_networks"),
+    Fault("SimSiam of SetSim: the gradient flows through the projection of cells", "setsim.py",
+          "F.normalize(projection.detach(), dim=2)", "F.normalize(projection, dim=2)",
+          "tests/test_setsim.py::test_simsiam_losses_and_their_stop_gradient"),
+    Fault("SimSiam of SetSim: the gradient flows through the projection of images", "setsim.py",
+          "return -F.cosine_similarity(prediction, projection.detach(), dim=1).mean()",
+          "return -F.cosine_similarity(prediction, projection, dim=1).mean()",
+          "tests/test_setsim.py::test_simsiam_losses_and_their_stop_gradient"),
+    Fault("SetSim: the predictor's learning rate decays", "setsim.py",
+          'constant = group["schedule"] == "constant"', "constant = False",
+          "tests/test_setsim_runs.py::test_settings_reach_views_and_optimiser"),
+    Fault("SetSim: weight decay is missing", "setsim.py",
+          "torch.optim.SGD(groups, lr, momentum=args.momentum, weight_decay=args.weight_decay)",
+          "torch.optim.SGD(groups, lr, momentum=args.momentum)",
+          "tests/test_setsim_runs.py::test_settings_reach_views_and_optimiser"),
+    Fault("SetSim: the cosine schedule goes step by step", "setsim.py",
+          "common.cosine_lr(lr, step // epoch_steps, args.epochs)", "common.cosine_lr(lr, step / epoch_steps, args.epochs)",
+          "tests/test_faults_gaps.py::test_a_run_in_two_parts_is_the_whole_run[setsim]"),
+    Fault("SetSim: a run is resumed without its queues", "setsim.py",
+          'method.load_state_dict(state["model"])',
+          'method.load_state_dict({k: v for k, v in state["model"].items() if "queue" not in k}, strict=False)',
+          "tests/test_faults_gaps.py::test_a_run_in_two_parts_is_the_whole_run[setsim]"),
+    Fault("SetSim: a run is resumed without its optimiser", "setsim.py",
+          '        optimizer.load_state_dict(state["optimizer"])\n', "",
+          "tests/test_faults_gaps.py::test_a_run_in_two_parts_is_the_whole_run[setsim]"),
+    Fault("SetSim: a run is resumed without the scale of fp16", "setsim.py",
+          '        scaler.load_state_dict(state["scaler"])\n', "",
+          "tests/test_faults_gaps.py::test_a_run_in_two_parts_is_the_whole_run[setsim]"),
+    Fault("SetSim: a resumed run counts its steps from 0", "setsim.py",
+          'step, bad = state["step"], common.BadImages(images, state["bad_images"])', 'bad = common.BadImages(images, state["bad_images"])',
+          "tests/test_faults_gaps.py::test_a_run_in_two_parts_is_the_whole_run[setsim]"),
+    Fault("checkpoints: one with other settings is accepted", "common.py",
+          "        if changed:\n            raise UserError(\n                f\"{source}: the run",
+          "        if changed and not new:\n            raise UserError(\n                f\"{source}: the run",
+          "tests/test_faults_gaps.py::test_a_checkpoint_of_other_settings_or_another_script_is_refused"),
+    Fault("checkpoints: one of another script is accepted", "common.py",
+          'if found["script"] != self.script:', 'if not found["script"]:',
+          "tests/test_faults_gaps.py::test_a_checkpoint_of_other_settings_or_another_script_is_refused"),
+    # ---- resim.py
+    Fault("ReSim: the grid has one window too many", "resim.py",
+          "start = torch.arange(0, size - window, stride, dtype=torch.float32)",
+          "start = torch.arange(0, size - window + 1, stride, dtype=torch.float32)",
+          "tests/test_resim.py::test_window_counts"),
+    Fault("ReSim: windows go column by column", "resim.py",
+          'y, x = torch.meshgrid(start, start, indexing="ij")', 'x, y = torch.meshgrid(start, start, indexing="ij")',
+          "tests/test_resim.py::test_window_counts"),
+    Fault("ReSim: regions that end with the view are valid", "resim.py",
+          "(boxes[..., 2:] < size).all(2)", "(boxes[..., 2:] <= size).all(2)",
+          "tests/test_resim.py::test_inside_is_strict_on_the_far_side_only"),
+    Fault("ReSim: a region is valid if one of its corners is seen", "resim.py",
+          "(boxes[..., :2] >= 0).all(2) & (boxes[..., 2:] < size).all(2)", "(boxes[..., :2] >= 0).all(2) | (boxes[..., 2:] < size).all(2)",
+          "tests/test_resim.py::test_map_boxes_and_valid_against_a_loop"),
+    Fault("ReSim: regions are shifted the wrong way", "resim.py",
+          "shift = (crop_q[:, :2] - crop_k[:, :2]) * size / side_k", "shift = (crop_k[:, :2] - crop_q[:, :2]) * size / side_k",
+          "tests/test_resim.py::test_map_boxes_and_valid_against_a_loop"),
+    Fault("ReSim: regions are zoomed by the inverse", "resim.py",
+          "zoom = side_q / side_k", "zoom = side_k / side_q",
+          "tests/test_resim.py::test_map_boxes_and_valid_against_a_loop"),
+    Fault("ReSim: each view has a flip of its own", "resim.py",
+          '    for _ in "qk":\n', '    for _ in "qk":\n        image = TF.hflip(image) if torch.rand(()).item() < 0.5 else image\n',
+          "tests/test_resim.py::test_crops_say_what_the_views_show_and_flips_are_shared"),
+    Fault("PrRoIPool: weights are not divided by the length", "resim.py",
+          "integrals / length.where(length > 0, 1), 0)", "integrals, 0)",
+          "tests/test_resim.py::test_prroi_pool_weights_of_the_papers_window"),
+    Fault("PrRoIPool: tent integrals leave out the peak", "resim.py",
+          "return trapezoid + triangle", "return trapezoid",
+          "tests/test_resim.py::test_prroi_pool_weights_of_the_papers_window"),
+    Fault("PrRoIPool: half a pixel's shift is added", "resim.py",
+          "(boxes.to(dtype) * spatial_scale).unbind(1)", "(boxes.to(dtype) * spatial_scale - 0.5).unbind(1)",
+          "tests/test_resim.py::test_prroi_pool_weights_of_the_papers_window"),
+    Fault("PrRoIPool: a list of boxes belongs to the images in reverse", "resim.py",
+          "torch.arange(N, device=input.device).repeat_interleave(counts)", "torch.arange(N, device=input.device).flip(0).repeat_interleave(counts.flip(0))",
+          "tests/test_resim.py::test_prroi_pool_takes_boxes_as_torchvision_does"),
+    Fault("ReSim: regions are always pooled by RoIAlign", "resim.py",
+          'if operator == "roi_align":', "if operator:",
+          "tests/test_resim.py::test_pool_regions_hands_boxes_to_either_operator"),
+    Fault("ReSim: neighbourhoods are one cell larger", "resim.py",
+          "F.avg_pool2d(feature_map.float(), kernel, stride=1)", "F.avg_pool2d(feature_map.float(), kernel + 1, stride=1)",
+          "tests/test_resim.py::test_neighbourhoods_against_a_loop"),
+    Fault("ReSim: neighbourhoods do not overlap", "resim.py",
+          "F.avg_pool2d(feature_map.float(), kernel, stride=1)", "F.avg_pool2d(feature_map.float(), kernel)",
+          "tests/test_resim.py::test_neighbourhoods_against_a_loop"),
+    Fault("ReSim: P3 is merged from C5, past P4", "resim.py",
+          "+ F.interpolate(p4, c3.shape[2:])", "+ F.interpolate(p5, c3.shape[2:])",
+          "tests/test_resim.py::test_pyramid_against_torchvision[official-side0]"),
+    Fault("ReSim: the pyramid is upsampled bilinearly", "resim.py",
+          "F.interpolate(p5, c4.shape[2:])", 'F.interpolate(p5, c4.shape[2:], mode="bilinear")',
+          "tests/test_resim.py::test_pyramid_against_torchvision[official-side0]"),
+    Fault("ReSim: the region loss is a mean over all windows instead of per image", "resim.py",
+          "    if not per_image:\n", "    if per_image or not per_image:\n",
+          "tests/test_resim.py::test_region_loss_against_eq_2_value_and_gradient"),
+    Fault("ReSim: images without valid regions count as 0", "resim.py",
+          ".sum() / valid.any(1).sum().clamp(min=1)", ".sum() / len(valid)",
+          "tests/test_resim.py::test_region_loss_against_eq_2_value_and_gradient"),
+    Fault("ReSim: the positive is left out of the regions' denominator", "resim.py",
+          "row_loss = torch.logaddexp(positive, negative_logsumexp(q, negatives, temperature)) - positive",
+          "row_loss = negative_logsumexp(q, negatives, temperature) - positive",
+          "tests/test_resim.py::test_region_loss_against_eq_2_value_and_gradient"),
+    Fault("ReSim: the temperature is missing in the regions' positives", "resim.py",
+          "positive = (q * k).sum(1) / temperature  # (R,)", "positive = (q * k).sum(1)  # (R,)",
+          "tests/test_resim.py::test_region_loss_against_eq_2_value_and_gradient"),
+    Fault("ReSim: invalid regions are compared, too", "resim.py",
+          "valid = pairs.valid[group]\n", "valid = pairs.valid[group] | True\n",
+          "tests/test_resim.py::test_a_level_against_double_loops_with_its_in_batch_negatives[paper-64-window0-step0-1]"),
+    Fault("ReSim: negatives come from the wrong group", "resim.py",
+          "near[group]).flatten(0, 1)", "near[group.flip(0) - len(q) // 2]).flatten(0, 1)",
+          "tests/test_resim.py::test_a_level_against_double_loops_with_its_in_batch_negatives[paper-64-window0-step0-1]"),
+    Fault("ReSim: negatives are the queries' neighbourhoods", "resim.py",
+          "near = F.normalize(neighbourhoods(map_k, level.kernel), dim=2)  # (B, H' W', D)\n        far",
+          "near = F.normalize(neighbourhoods(map_q.detach(), level.kernel), dim=2)  # (B, H' W', D)\n        far",
+          "tests/test_resim.py::test_a_level_against_double_loops_with_its_in_batch_negatives[paper-64-window0-step0-1]"),
+    Fault("ReSim: lambda weighs the regions, not the image", "resim.py",
+          "        loss = region_loss + self.loss_weight * image_loss  # PAPER: Eq. 5\n        # 6.",
+          "        loss = self.loss_weight * region_loss + image_loss  # PAPER: Eq. 5\n        # 6.",
+          "tests/test_resim.py::test_total_loss_adds_the_levels_and_weighs_the_image"),
+    Fault("ReSim: momentum update after the keys instead of before", "resim.py",
+          "        common.momentum_update(self.key, self.query, self.ema)\n"
+          "        # 3. keys, in other company than their queries\n"
+          "        batch = len(view_q) * common.world_size()\n"
+          '        permutation = torch.randperm(batch, generator=common.generator("shuffle", self.seed, step))\n'
+          "        key = self.encode_keys(view_k, permutation)\n",
+          "        batch = len(view_q) * common.world_size()\n"
+          '        permutation = torch.randperm(batch, generator=common.generator("shuffle", self.seed, step))\n'
+          "        key = self.encode_keys(view_k, permutation)\n"
+          "        common.momentum_update(self.key, self.query, self.ema)\n",
+          "tests/test_resim.py::test_momentum_update_before_the_keys_and_parameters_only"),
+    Fault("ReSim: maps of the keys stay shuffled", "resim.py",
+          "tuple(common.unshuffle(m, permutation) for m in key.maps)", "tuple(key.maps)",
+          "tests/test_resim.py::test_regions_are_pooled_from_unshuffled_keys_of_the_key_network"),
+    Fault("SimSiam of ReSim: the gradient flows through the projection of regions", "resim.py",
+          "cosine = F.cosine_similarity(prediction, projection.detach(), dim=1)  # (R,)",
+          "cosine = F.cosine_similarity(prediction, projection, dim=1)  # (R,)",
+          "tests/test_resim.py::test_simsiam_losses_and_their_stop_gradient"),
+    Fault("SimSiam of ReSim: invalid regions enter the batch statistics", "resim.py",
+          "rows = vectors[v]  # (R, C)", "rows = vectors[v | True]  # (R, C)",
+          "tests/test_resim.py::test_simsiam_iteration_by_hand"),
+    Fault("ReSim: a run is resumed without its optimiser", "resim.py",
+          '        optimizer.load_state_dict(state["optimizer"])\n', "",
+          "tests/test_faults_gaps.py::test_a_run_in_two_parts_is_the_whole_run[resim]"),
+    Fault("ReSim: a run is resumed without its queue", "resim.py",
+          'method.load_state_dict(state["model"])',
+          'method.load_state_dict({k: v for k, v in state["model"].items() if "queue" not in k}, strict=False)',
+          "tests/test_faults_gaps.py::test_a_run_in_two_parts_is_the_whole_run[resim]"),
+    # ---- d3ssl.py
+    Fault("D3SSL: a flip does not change left and right of a box", "d3ssl.py",
+          "return torch.stack([size - x1, y0, size - x0, y1], -1)", "return torch.stack([x0, y0, x1, y1], -1)",
+          "tests/test_d3ssl.py::test_boxes_show_the_same_in_every_view"),
+    Fault("D3SSL: both views share one flip's boxes", "d3ssl.py",
+          "inside = flip_boxes(inside, size) if flipped else inside", "inside = flip_boxes(inside, size) if flipped and number else inside",
+          "tests/test_d3ssl.py::test_boxes_show_the_same_in_every_view"),
+    Fault("D3SSL: boxes that reach out of the crop come first", "d3ssl.py",
+          "(~wholly[order]).int().argsort(stable=True)", "wholly[order].int().argsort(stable=True)",
+          "tests/test_d3ssl.py::test_boxes_wholly_inside_the_crop_come_first"),
+    Fault("PRC goes from the smallest box to the largest", "d3ssl.py",
+          "boxes[area.argsort(descending=True, stable=True)]", "boxes[area.argsort(descending=False, stable=True)]",
+          "tests/test_d3ssl.py::test_prc_on_nested_boxes_cuts_what_the_rule_says"),
+    Fault("PRC: a box that was cut too much does not come back", "d3ssl.py",
+          "            region.fill_(True)\n            cut = 0\n", "            continue\n",
+          "tests/test_d3ssl.py::test_prc_on_nested_boxes_cuts_what_the_rule_says"),
+    Fault("PRC: earlier cuts are not subtracted from the share", "d3ssl.py",
+          "math.sqrt(share - cut)", "math.sqrt(share)",
+          "tests/test_d3ssl.py::test_prc_on_nested_boxes_cuts_what_the_rule_says"),
+    Fault("PRM hides boxes", "d3ssl.py",
+          "(foreground_mask(boxes, H, W) | (~shown if erase else shown))", "(~shown if erase else shown)",
+          "tests/test_d3ssl.py::test_prm_shows_background_from_all_sides_and_never_touches_boxes"),
+    Fault("PRM hides the rectangle instead of showing it", "d3ssl.py",
+          "(~shown if erase else shown)", "(shown if erase else ~shown)",
+          "tests/test_d3ssl.py::test_prm_shows_background_from_all_sides_and_never_touches_boxes"),
+    Fault("RBJ enlarges boxes", "d3ssl.py",
+          "side * (1 - shrink * torch.rand_like(side))", "side * (1 + shrink * torch.rand_like(side))",
+          "tests/test_d3ssl.py::test_rbj_stays_inside_and_is_never_larger"),
+    Fault("the shift is applied with the wrong sign", "d3ssl.py",
+          "columns = (torch.arange(W, device=view.device) - shift[:, :1]) % W", "columns = (torch.arange(W, device=view.device) + shift[:, :1]) % W",
+          "tests/test_d3ssl.py::test_composition_moves_pixels_by_exactly_t"),
+    Fault("the mask is not used in the composition", "d3ssl.py",
+          "return torch.where(mask[:, None], moved.permute(0, 3, 1, 2), background)", "return moved.permute(0, 3, 1, 2)",
+          "tests/test_d3ssl.py::test_composition_moves_pixels_by_exactly_t tests/test_d3ssl.py::test_x3_is_composed_on_another_images_x2"),
+    Fault("the composed background is from the image itself", "d3ssl.py",
+          "group.roll(1 + int(where * (len(group) - 1)))", "group.roll(0)",
+          "tests/test_d3ssl.py::test_background_is_another_image_of_the_group"),
+    Fault("the range of shifts lets boxes leave the view", "d3ssl.py",
+          "(size - boxes[..., 2:]).amin(-2).floor().long()", "(size - boxes[..., 2:]).amax(-2).floor().long()",
+          "tests/test_d3ssl.py::test_shift_range_by_trying_all_shifts"),
+    Fault("a shift never reaches the far end of its range", "d3ssl.py",
+          "torch.rand(2) * (most - least + 1)", "torch.rand(2) * (most - least)",
+          "tests/test_d3ssl.py::test_shifts_are_drawn_evenly_over_their_range"),
+    Fault("D3SSL: boxes of x3 do not move with it", "d3ssl.py",
+          "(x3, drawn.boxes_2 + drawn.shift.repeat(1, 2)[:, None])", "(x3, drawn.boxes_2)",
+          "tests/test_d3ssl.py::test_x3_is_composed_on_another_images_x2"),
+    Fault("the teacher's x2 is masked as well", "d3ssl.py",
+          "        (x2, drawn.boxes_2),\n",
+          "        (x2 * F.interpolate(drawn.keep_2[:, None].float(), scale_factor=2), drawn.boxes_2),\n",
+          "tests/test_d3ssl.py::test_iteration_by_hand[True]"),
+    Fault("x2-s keeps the boxes of the large view", "d3ssl.py",
+          "(x2_s * drawn.keep_2[:, None], drawn.boxes_2 / 2)", "(x2_s * drawn.keep_2[:, None], drawn.boxes_2)",
+          "tests/test_d3ssl.py::test_iteration_by_hand[True]"),
+    Fault("D3SSL: RoIAlign without half-pixel alignment", "d3ssl.py",
+          "1 / CELL, aligned=True)", "1 / CELL, aligned=False)",
+          "tests/test_d3ssl.py::test_the_region_of_a_whole_view_is_torchvisions_resnet[112]"),
+    Fault("D3SSL: the positive is left out of the denominator", "d3ssl.py",
+          "return (torch.logaddexp(match, negative_logsumexp(z, bank, temperature)) - match).mean()",
+          "return (negative_logsumexp(z, bank, temperature) - match).mean()",
+          "tests/test_d3ssl.py::test_loss_against_a_naive_loop_value_and_gradient"),
+    Fault("D3SSL: loss_dp misses its second term", "d3ssl.py",
+          '[(z_s[2], z_t2), (z_s[2], z_t1)]', '[(z_s[2], z_t2)]',
+          "tests/test_d3ssl.py::test_iteration_by_hand[True]"),
+    Fault("D3SSL: views are compared with themselves, not crosswise", "d3ssl.py",
+          "[(z_s[0], z_t2), (z_s[1], z_t1)]", "[(z_s[0], z_t1), (z_s[1], z_t2)]",
+          "tests/test_d3ssl.py::test_iteration_by_hand[False]"),
+    Fault("D3SSL: the bank gets the student's z_s", "d3ssl.py",
+          "self.bank.enqueue(common.all_gather(z_t1).flatten(0, 1))", "self.bank.enqueue(common.all_gather(z_s[0]).flatten(0, 1))",
+          "tests/test_d3ssl.py::test_iteration_by_hand[False]"),
+    Fault("D3SSL: boxes are not shuffled with their images", "d3ssl.py",
+          "(common.shuffle(x, permutation), common.shuffle(boxes, permutation))", "(common.shuffle(x, permutation), boxes)",
+          "tests/test_d3ssl.py::test_images_and_boxes_stay_together_through_shuffling"),
+    Fault("SoCo: the momentum is constant", "d3ssl.py",
+          "momentum = 1 - (1 - self.ema) * (1 + math.cos(math.pi * step / self.total)) / 2", "momentum = self.ema",
+          "tests/test_d3ssl.py::test_soco_iteration_by_hand"),
+    Fault("SoCo: the loss is not doubled", "d3ssl.py",
+          "return -2 * F.cosine_similarity(", "return -F.cosine_similarity(",
+          "tests/test_d3ssl.py::test_soco_loss_and_its_stop_gradient"),
+    Fault("SoCo: the gradient flows through the teacher's projection", "d3ssl.py",
+          "F.cosine_similarity(prediction, projection.detach(), dim=-1)", "F.cosine_similarity(prediction, projection, dim=-1)",
+          "tests/test_d3ssl.py::test_soco_loss_and_its_stop_gradient"),
+    Fault("D3SSL: an unreadable image keeps its own boxes", "d3ssl.py",
+          "self.rows[(index + passed) % len(self)]", "self.rows[index]",
+          "tests/test_d3ssl.py::test_boxes_belong_to_the_image_that_is_read"),
+    Fault("D3SSL: a run is resumed without its optimiser", "d3ssl.py",
+          '        optimizer.load_state_dict(state["optimizer"])\n', "",
+          "tests/test_faults_gaps.py::test_a_run_in_two_parts_is_the_whole_run[d3ssl]"),
 ]
 # fmt: on
 
