@@ -17,7 +17,7 @@ import setsim
 from probes import linear
 
 SMALL = (
-    "--data scenes:8 --arch resnet18 --size 64 --batch-size 4 --workers 0 --epochs 2 --lr 0.5 --print-freq 1 --dim 8"
+    "--data scenes:8 --arch resnet18 --size 64 --batch-size 4 --workers 0 --epochs 2 --lr 0.5 --print-freq 1 --dim 16"
 )
 MOCO = "--group-size 2 --queue-size 5 --amp fp16"  # the queue wraps around; with fp16 there is a scale to be kept
 RUNS = {
@@ -32,6 +32,7 @@ def test_a_run_in_two_parts_is_the_whole_run(script, tmp_path, monkeypatch):
     """Weights, queue, optimiser, scale and step, bit for bit; the learning rate stays as it is within an epoch."""
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "probe", lambda *_: {"hits": 0.0})  # takes most of the time
+    monkeypatch.setattr(common, "draw_curves", lambda *_: None)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # CPUs are slow at fp16
     for name, parts in (("whole", (3,)), ("parts", (1, 3))):
         for steps in parts:
@@ -42,6 +43,22 @@ def test_a_run_in_two_parts_is_the_whole_run(script, tmp_path, monkeypatch):
         assert_same(parts[name], whole[name], name)
     rates = [line["lr"] for line in log_lines(tmp_path / "parts") if "loss" in line]
     assert rates == pytest.approx([0.5 * 4 / 256 * share for share in (1, 1, 0.5)])
+
+
+def test_predictors_keep_their_rate_and_everything_decays(tmp_path, monkeypatch):
+    """SetSim on SimSiam after the second of two epochs: half the rate but for the predictors; weight decay on norms, too."""
+    made, sgd = [], torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda *args, **kwargs: made.append(sgd(*args, **kwargs)) or made[-1])
+    monkeypatch.setattr(setsim, "probe", lambda *_: {"hits": 0.0})
+    monkeypatch.setattr(common, "draw_curves", lambda *_: None)
+    flags = f"{SMALL} --framework simsiam --weight-decay 0.01 --steps 3".split()
+    setsim.main([*flags, "--output-dir", str(tmp_path)])
+    decaying, constant = made[0].param_groups
+    lr = 0.5 * 4 / 256
+    assert (decaying["lr"], constant["lr"]) == (pytest.approx(lr / 2), lr)
+    assert sum(p.numel() for p in constant["params"]) == 2 * (16 * 4 + 2 * 4 + 4 * 16 + 16)
+    assert [group["weight_decay"] for group in made[0].param_groups] == [0.01, 0.01]
+    assert any(p.dim() == 1 for p in decaying["params"])
 
 
 def test_the_two_views_are_different_draws():
