@@ -1,521 +1,347 @@
 # SPDX-License-Identifier: MIT
-"""SetSim: dense self-supervised pre-training that matches *sets* of cells between two views, not single cells.
+"""SetSim: dense self-supervised pre-training that matches *sets* of cells between two views.
 
 Wang et al., "Exploring Set Similarity for Dense Self-supervised Representation Learning", CVPR 2022.
-Two crops of an image share objects, not places. Cells on which the network's own attention is high make up each crop's
-set; every cell of one set is pulled to all cells of the other, and to its nearest neighbour anywhere in the other crop.
 
-    image --crop, colour--> view q --f--> z_q --g_img--> q_img ---------------- image loss, Eq. 1 ---+
-      |                              |      +---g_pix--> p_q --+                                     |
-      |                              +-- attention A, Eq. 3    +-- matcher c_i, Eqs. 4-7 -- set      +-- total, Eq. 9
-      |                              +-- attention A, Eq. 3    +                        loss, Eq. 8 -+
+Two crops of an image show the same objects in different places. The cells where the network's own attention is high
+form the set of each crop. Every cell of one set is pulled towards all cells of the other set, and towards its nearest
+neighbour in the other crop.
+
+    image --crop, colour--> view_q --f--> z_q --g_img--> q -------------- image loss (Eq. 1) ---+
+      |                              |      +---g_pix--> p_q --+                                +-- total (Eq. 9)
+      |                              +-- attention (Eq. 3) --+ +-- set loss (Eq. 8) ------------+
+      |                              +-- attention (Eq. 3) --+-|-- matcher (Eqs. 4-7): which cells are positives
       |                              |      +---g_pix--> p_k --+
-      +-----crop, colour----> view k --f'-> z_k --g_img--> k_img       f', g': momentum copies; queues: older keys
+      +-----crop, colour--> view_k --f'-> z_k --g_img--> k        f', g': momentum copies, keys go into queues
 
-    B images of this process    C channels of z (2048)    H, W cells of z    S = H W    D embedding (128)    K queue
-    q, k query and key          R rows: query cells that have a positive                m EMA    tau temperature
+    B images    C channels of z    H x W = S cells    D embedding    K queue    R query cells that have a positive
+    q, k query and key    m momentum of the key network    tau temperature
 
     python setsim.py --demo                                    a laptop, minutes, nothing to download
-    torchrun --nproc_per_node 8 setsim.py --data /imagenet     section 3: Table 4's 58.2 AP
-    ... --geometry 0.5 --symmetric                             the row of Tables 5-9: 59.1 AP
-    ... --framework simsiam                                    Table 1's SimSiam + SetSim
+    torchrun --nproc_per_node 8 setsim.py --data /imagenet     the paper's section 3 (58.2 AP in Table 4)
+    ... --geometry --symmetric                                 its best row (59.1 AP)
+    ... --framework simsiam                                    on SimSiam instead of MoCo-v2
+    ... --loss-weight 0                                        the baseline, MoCo-v2 or SimSiam alone
 
-What was measured with this file, and what was not run, stands in README.md; tags PAPER, OFFICIAL (the released code,
-DerrickWang005/SetSim.pytorch 6a439e2), DEVIATION and AMBIGUOUS name rows of its table of decisions.
+docs/setsim.md has the usage, what each logged value means, the measurements, and the decisions: where the paper is
+silent or the released code (DerrickWang005/SetSim.pytorch 6a439e2) differs, a clause here names the row, as in (S9).
 """
 
 import argparse
 import copy
-import os
+import math
+from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import ImageFilter
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 import common
-from common import UserError, print0
+from common import all_gather, negative_logsumexp, number
+from harness import look, weights
+from harness.run import Run, bf16_is_fast, main
 
-# ======================================================================================================================
-# Settings: every default is the paper's (section 4, "Pretraining Setting"), on MoCo-v2
-# ======================================================================================================================
+# ==== Settings ========================================================================================================
 
-# PAPER: section 4, "Pretraining Setting" (lr 0.1). AMBIGUOUS: S24. Table 2 was run on SimSiam: there the set goes by ratio.
-SIMSIAM = dict(lr=0.1, dim=2048, threshold=None, ratio=30.0)
-# OFFICIAL: S1, S4, S6, S12. What the released training script sets, where it differs from the text.
-OFFICIAL = dict(attention="square", threshold=0.7, ratio=None, mu=0.2, matcher="set2set", geometry=0.5)
-DEMO = dict(
-    data="scenes", arch="resnet18", size=136, batch_size=64, epochs=3, lr=0.6, queue_size=512, ema=0.99, temperature=0.1
-)
-
-SET_MATCHERS = ("set2set", "set2set-nn")
-PIXEL_MATCHERS = ("random", "sort", "hungarian")
-MATCHERS = (*PIXEL_MATCHERS, *SET_MATCHERS, "densecl", "geometry", "none")
+SIMSIAM = dict(lr=0.1, set="30%", symmetric=True)  # section 4; Table 2's Delta, as in Table 1's SimSiam row (S24)
+OFFICIAL = dict(set="0.7", matcher="set2set", geometry=0.5)  # the released script (S1, S4, S5, S6, S12)
+DEMO = dict(data="scenes", arch="resnet18", size=136, batch_size=64, epochs=3, queue_size=512, ema=0.99,
+            temperature=0.1)  # fmt: skip
+PIXEL_MATCHERS = ("random", "sort", "hungarian")  # one to one, Table 3
+MATCHERS = ("set2set", "set2set-nn", *PIXEL_MATCHERS, "densecl", "geometry")
 
 
 def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s --data DIR [more, see --help]",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    flag, share = parser.add_argument, number(float, 0, 1)
     # fmt: off
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
-    flag("--data", default=None, metavar="DIR", help="folder of images, searched recursively (its train/ if there is one), or 'scenes[:COUNT]'")
-    flag("--output-dir", default="runs/setsim", help="checkpoint.pth, ARCH.pth, log.jsonl and pictures go there; a run found there is continued")
     flag("--demo", action="store_true", help="a small complete job on built-in scenes, minutes on two CPU cores; other flags win over its settings")
-    flag("--preset", default="paper", choices=("paper", "official"), help="settings of the text, or of the released training script")
+    flag("--preset", default="paper", choices=("paper", "official"), help="the text, or the released training script")
     flag("--framework", default="moco", choices=("moco", "simsiam"), help="MoCo-v2 (queues, momentum keys) or SimSiam (predictor, no negatives)")
-    # the matcher, section 3.3
-    flag("--matcher", default="set2set-nn", choices=MATCHERS, help="Table 3's five; densecl: arg-max over all cells; geometry: same place; none: the baseline")
-    flag("--attention", default="abs", choices=("abs", "square"), help="statistic over channels: sum of |z| (Eq. 3) or mean of z^2 (released code)")
-    flag("--threshold", default=0.7, type=float, help="delta of Eq. 4: cells with attention of at least this are the set; 0 to 1")
-    flag("--ratio", default=None, type=float, help="Delta of Table 2, percent of all cells, in place of delta; default 30 on SimSiam and for random, sort, hungarian")
-    flag("--mu", default=0.0, type=float, help="mu of Eq. 6: pairs whose features have no higher cosine are dropped; 0 drops next to nothing, since z >= 0")
-    flag("--geometry", default=None, type=float, metavar="T", help="Table 4's Geo: cells closer than T cell diagonals are positives too; the best row has 0.5")
-    flag("--symmetric", default=False, action=switch, help="Table 4's Sym: mean of both directions; twice the encoding (SimSiam always is)")
-    # the losses
-    flag("--loss-weight", default=0.5, type=float, help="lambda of Eq. 9: share of the set loss; 0 to 1")
-    flag("--temperature", default=0.2, type=float, help="tau of Eqs. 1 and 8: the smaller, the more the hardest negatives count")
-    flag("--dim", default=128, type=int, help="D, size of embeddings; default 2048 on SimSiam")
-    flag("--queue-size", default=65536, type=int, help="K, of each queue; more than the data has images holds several old keys of one image as negatives")
-    flag("--ema", default=0.999, type=float, help="m: key encoder <- m key + (1 - m) query; short runs need a smaller one")
-    # the encoder and its images
-    flag("--arch", default="resnet50", choices=common.ARCHS, help="torchvision ResNet")
-    flag("--size", default=224, type=int, help="side of a view in pixels; the map has size/32 cells a side, rounded up")
-    flag("--init", default=None, metavar="FILE", help="start from these weights: any checkpoint with a ResNet in it, or 'imagenet'")
-    flag("--group-size", default=32, type=int, help="images whose batch statistics are taken together, as on one of the paper's GPUs")
-    # optimisation
-    flag("--epochs", default=200, type=int, help="the schedule's length; Tables 1-3 use 100")
-    flag("--batch-size", default=256, type=int, help="over all processes; must be divisible by their number")
-    flag("--lr", default=0.03, type=float, help="at batch 256, scaled linearly with the batch; default 0.1 on SimSiam")
-    flag("--fix-pred-lr", default=True, action=switch, help="SimSiam: no decay of the predictors' learning rate")
-    flag("--momentum", default=0.9, type=float, help="momentum of SGD")
-    flag("--weight-decay", default=1e-4, type=float, help="on all parameters, norms and biases included")
-    flag("--amp", default="none", choices=("none", "bf16", "fp16"), help="autocast of the encoders; losses and queues are fp32 always")
-    flag("--seed", default=0, type=int, help="everything random is a function of it")
-    # the run
-    flag("--steps", default=None, type=int, help="stop after so many steps in all, schedule unchanged")
-    flag("--workers", default=min(8, common.usable_cores()), type=int, help="loader processes for each training process; no influence on results")
-    flag("--print-freq", default=10, type=int, help="steps between log lines")
-    flag("--save-every", default=None, type=int, help="steps between checkpoints; default one epoch")
-    flag("--resume", default=None, metavar="FILE", help="continue from this checkpoint; default OUTPUT_DIR/checkpoint.pth if it is there")
+    flag("--matcher", default="set2set-nn", choices=MATCHERS, help="Table 3's five; densecl: the nearest neighbour of each cell; geometry: the cells at the same place")
+    flag("--set", default="0.7", type=set_rule, help="cells of a set: 0.7 takes attention >= delta (Eq. 4); 30%% takes the Delta highest (Table 2), default on SimSiam and for random, sort, hungarian")
+    flag("--geometry", nargs="?", const=0.5, type=number(float, 1e-6), help="Table 4's Geo: cells closer than this many cell diagonals are positives too; 0.5 if no number is given")
+    flag("--symmetric", default=False, action=argparse.BooleanOptionalAction, help="Table 4's Sym: mean of both directions, twice the encoding; SimSiam always does it")
+    flag("--loss-weight", default=0.5, type=share, help="lambda of Eq. 9, the share of the set loss; 0: no dense branch, the baseline MoCo-v2 or SimSiam")
+    flag("--temperature", default=0.2, type=number(float, 1e-3), help="tau of Eqs. 1 and 8 (MoCo); the smaller, the more the hardest negatives count")
+    flag("--queue-size", type=number(int, 1), help="K of each queue (MoCo); default 65536, or less so that no image has two keys in it")
+    flag("--ema", default=0.999, type=share, help="m: key network <- m key + (1 - m) query (MoCo); short runs need a smaller one")
     # fmt: on
-    args, given = parser.parse_args(argv), common.given_flags(parser, argv)
+    common.run_flags(parser, "setsim")
 
-    chosen = dict(SIMSIAM) if args.framework == "simsiam" else {}
-    chosen |= OFFICIAL if args.preset == "official" else {}
-    chosen |= DEMO if args.demo else {}
-    if args.demo and args.framework == "simsiam":
-        chosen |= dict(dim=512, lr=0.1)
-    for name, value in chosen.items():
-        if name not in given:
-            setattr(args, name, value)
-    if args.matcher in PIXEL_MATCHERS and "ratio" not in given:
-        args.ratio, args.threshold = 30.0, None  # AMBIGUOUS: S20. Table 3 prints no number.
-    if "ratio" in given:
-        args.threshold = None
-    elif "threshold" in given and args.matcher not in PIXEL_MATCHERS:
-        args.ratio = None
-    if args.matcher == "geometry" and args.geometry is None:
-        args.geometry = 0.5
-    if "geometry" not in given and args.matcher not in (*SET_MATCHERS, "geometry"):
-        args.geometry = None
-    check_args(args, given)
-    args.given = sorted(given)
+    args = common.parse(parser, argv, presets)
+    if args.matcher in PIXEL_MATCHERS and not args.set.endswith("%"):
+        parser.error(f"--matcher {args.matcher} pairs cells one to one, in sets of one size: give --set in percent")
     return args
 
 
-def check_args(args, given):
-    """One clear line for values out of range and for flags that would have no effect."""
-    common.check_range(
-        args, threshold=(0, 1), ratio=(1, 100), mu=(-1, 1), geometry=(1e-6, None), loss_weight=(0, 1), temperature=(1e-3, None),
-        dim=(4, None), queue_size=(1, None), ema=(0, 1), size=(32, None), group_size=(2, None), epochs=(1, None),
-        batch_size=(2, None), lr=(0, None), momentum=(0, 1), weight_decay=(0, None), steps=(0, None), workers=(0, None),
-        print_freq=(1, None), save_every=(1, None), seed=(0, None),
-    )  # fmt: skip
-    useless = {name: "SimSiam has no queue and no momentum encoder" for name in ("queue_size", "ema")}
-    useless |= {"temperature": "SimSiam's loss has none", "group_size": "SimSiam's batch norm is over the batch"}
-    useless |= {"symmetric": "SimSiam's loss always is"}
-    if args.framework == "moco":
-        useless = {"fix_pred_lr": "only SimSiam has a predictor"}
-    if args.matcher not in (*SET_MATCHERS, *PIXEL_MATCHERS):
-        useless |= dict.fromkeys(("threshold", "ratio", "attention"), f"--matcher {args.matcher} selects no set")
-    if args.matcher not in SET_MATCHERS:
-        useless |= {"mu": "it belongs to set2set and set2set-nn"}
-    if args.matcher not in (*SET_MATCHERS, "geometry"):
-        useless |= {"geometry": "it can be added to set2set and set2set-nn"}
-    if args.matcher == "none":
-        useless |= {"loss_weight": "--matcher none has no set loss"}
+def presets(args):
+    """The defaults that replace those of the flags; the last one wins."""
+    chosen = SIMSIAM if args.framework == "simsiam" else {}
+    chosen = chosen | (OFFICIAL if args.preset == "official" else {})
     if args.matcher in PIXEL_MATCHERS:
-        useless |= {"threshold": f"--matcher {args.matcher} needs sets of one size: use --ratio"}
-    for name in useless.keys() & given.keys():
-        raise UserError(f"--{name.replace('_', '-')} has no effect here, leave it out: {useless[name]}")
-    if {"threshold", "ratio"} <= given.keys():
-        raise UserError("--threshold and --ratio are two ways to choose the set: give one")
-    if args.data is None:
-        raise UserError("give --data DIR (a folder of images), or --demo for a small job on built-in scenes")
+        chosen = chosen | dict(set="30%")  # Table 3 prints no number (S20)
+    if args.demo:
+        lr = 0.6 if args.framework == "moco" else 0.1
+        chosen = chosen | DEMO | dict(lr=lr, amp="bf16" if bf16_is_fast() else "none")
+    return chosen
 
 
-# ======================================================================================================================
-# Views: two random crops of an image, each with the window that it shows
-# ======================================================================================================================
+def set_rule(text):
+    """Check '0.7' or '30%' and return it as it is."""
+    number(float, *((1, 100) if text.endswith("%") else (0, 1)))(text.removesuffix("%"))
+    return text
 
 
-def random_view(image, size, flip_first):
-    """MoCo-v2's augmentation, keeping track of the place; draws from torch's global generator.
+# ==== Views: two random crops of an image, each with the window that it shows =========================================
+
+
+def random_view(image, size):
+    """MoCo-v2's augmentation, and the place of the crop. Draws from torch's global generator.
 
     Args:
-        image: PIL RGB. size: side of the view in pixels. flip_first: flip before the colours change, not after.
+        image: PIL RGB. size: side of the view in pixels.
     Returns:
         view: (3, size, size) uint8.
-        window: (4,) fp32, the image coordinates (x0, y0, x1, y1) that the view's left, top, right and bottom edges
-            show, as fractions of the image's width and height. Of a flipped view x0 > x1.
+        window: (4,), the image coordinates x0, y0, x1, y1 of the view's left, top, right and bottom edge, as fractions
+            of the image's width and height. Of a flipped view x0 > x1.
     """
     width, height = image.size
     top, left, h, w = transforms.RandomResizedCrop.get_params(image, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
     view = TF.resized_crop(image, top, left, h, w, [size, size])
     x0, y0, x1, y1 = left / width, top / height, (left + w) / width, (top + h) / height
-
-    flipped = torch.rand(()).item() < 0.5
-    if flipped:
-        x0, x1 = x1, x0
-    if flipped and flip_first:  # OFFICIAL: S21. main_pretrain.py flips first; the distribution is the same.
-        view = TF.hflip(view)
     if torch.rand(()).item() < 0.8:
         view = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)(view)
     if torch.rand(()).item() < 0.2:
         view = TF.rgb_to_grayscale(view, 3)
-    if torch.rand(()).item() < 0.5:  # OFFICIAL: B8. sigma is Pillow's radius, as in MoCo-v2
+    if torch.rand(()).item() < 0.5:
         view = view.filter(ImageFilter.GaussianBlur(torch.empty(()).uniform_(0.1, 2.0).item()))
-    if flipped and not flip_first:
-        view = TF.hflip(view)
+    if torch.rand(()).item() < 0.5:
+        view, x0, x1 = TF.hflip(view), x1, x0
     return TF.pil_to_tensor(view), torch.tensor([x0, y0, x1, y1])
 
 
-class TwoViews(torch.utils.data.Dataset):
-    """(epoch, index) -> view_q, view_k, window_q, window_k, index, unreadable images passed over (see ImageFolder)."""
-
-    def __init__(self, images, size, flip_first, seed):
-        self.images, self.size, self.flip_first, self.seed = images, size, flip_first, seed
-
-    def __getitem__(self, key):
-        epoch, index = key
-        image, passed = self.images[index]
-        with common.drawing("views", self.seed, epoch, index):
-            view_q, window_q = random_view(image, self.size, self.flip_first)
-            view_k, window_k = random_view(image, self.size, self.flip_first)
-        return view_q, view_k, window_q, window_k, index, passed
+def two_views(image, size):
+    """PIL RGB -> view_q, view_k, window_q, window_k"""
+    (view_q, window_q), (view_k, window_k) = random_view(image, size), random_view(image, size)
+    return view_q, view_k, window_q, window_k
 
 
-# ======================================================================================================================
-# Encoders: backbone f and the parallel projectors g_img, g_pix (section 3.2)
-# ======================================================================================================================
+# ==== Encoder: backbone f with parallel heads g_img and g_pix (section 3.2) ===========================================
 
 
 class Encoded(NamedTuple):
-    """What an Encoder makes of a view, unnormalised."""
+    """An encoded view, not normalised. On MoCo the predictions are the projections themselves."""
 
     z: torch.Tensor  # (B, C, H, W)
     image: torch.Tensor  # (B, D)
-    dense: torch.Tensor | None = None  # (B, D, H, W); None for the baseline
+    image_prediction: torch.Tensor  # (B, D)
+    cells: torch.Tensor | None = None  # (B, S, D); None for the baseline
+    cells_prediction: torch.Tensor | None = None  # (B, S, D)
 
 
 class Encoder(nn.Module):
-    """Backbone with MoCo-v2's global projector and DenseCL's dense one. PAPER: Eq. 2 and section 3.2."""
+    """ResNet with a head for the image and, if `dense`, one for its cells. PAPER: Eq. 2, section 3.2.
 
-    def __init__(self, arch, dim, group_size, dense=True):
-        super().__init__()
-        self.group_size, self.dense = group_size, dense
-        self.trunk = common.ResNetTrunk(arch)
-        C = self.trunk.widths[-1]
-        self.image_head = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, dim))
-        if dense:
-            self.dense_head = nn.Sequential(nn.Conv2d(C, C, 1), nn.ReLU(), nn.Conv2d(C, dim, 1))
+    Heads are MoCo-v2's and DenseCL's, or SimSiam's and copies of them in 1x1 convolutions (section 4.1, S17).
 
-    def encode(self, images):
-        z = self.trunk(common.normalise(images))[-1]  # (B, C, H, W) OFFICIAL: S2. C5 after its ReLU
-        image = self.image_head(z.mean((2, 3)))  # (B, D)
-        if not self.dense:
-            return z, image
-        return z, image, self.dense_head(z)  # (B, D, H, W)
-
-    def forward(self, *views):
-        """Each view (B, 3, size, size) uint8 -> Encoded. Batch statistics are per group of images of one view."""
-        return [Encoded(*common.encode_in_groups(self.encode, self.group_size, view)) for view in views]
-
-
-class Predicted(NamedTuple):
-    """What a SimSiamEncoder makes of a view, unnormalised."""
-
-    z: torch.Tensor  # (B, C, H, W)
-    projection: torch.Tensor  # (B, D)
-    prediction: torch.Tensor  # (B, D)
-    dense_projection: torch.Tensor | None = None  # (B, D, H, W); None for the baseline
-    dense_prediction: torch.Tensor | None = None  # (B, D, H, W)
-
-
-class SimSiamEncoder(nn.Module):
-    """Backbone with SimSiam's projector and predictor, and 1x1-convolution copies of both for the cells.
-
-    PAPER: section 4.1, "Comparisons with Baselines". AMBIGUOUS: S17. Layers of the dense branch.
+    Args:
+        framework: "moco" or "simsiam". dense: False for the baseline. amp: see --amp.
     """
 
-    def __init__(self, arch, dim, dense=True):
+    def __init__(self, arch, framework, dense=True, amp="none"):
         super().__init__()
-        self.dense = dense
-        self.trunk = common.ResNetTrunk(arch, zero_init_residual=True)  # OFFICIAL: B16. SimSiam's
-        C = self.trunk.widths[-1]
-        self.projector, self.predictor = simsiam_heads(C, dim, nn.Linear, nn.BatchNorm1d)
+        self.simsiam, self.dense, self.amp = framework == "simsiam", dense, amp
+        self.trunk = common.ResNetTrunk(arch, zero_init_residual=self.simsiam)  # as SimSiam does (B16)
+        heads = simsiam_heads if self.simsiam else moco_heads
+        self.image_head, self.image_predictor = heads(self.trunk.widths[-1], nn.Linear, nn.BatchNorm1d)
         if dense:
-            self.dense_projector, self.dense_predictor = simsiam_heads(C, dim, conv1x1, nn.BatchNorm2d)
+            conv1x1 = partial(nn.Conv2d, kernel_size=1)
+            self.cell_head, self.cell_predictor = heads(self.trunk.widths[-1], conv1x1, nn.BatchNorm2d)
 
     def forward(self, *views):
-        """Each view (B, 3, size, size) uint8 -> Predicted."""
-        return [Predicted(*self.encode(view)) for view in views]
+        """(B, 3, size, size) uint8 each -> Encoded of each. Batch statistics are per group, on SimSiam per batch."""
+        group = len(views[0]) if self.simsiam else common.GROUP
+        with common.autocast(self.amp, views[0].device):
+            return [Encoded(*common.encode_in_groups(self, group, view)) for view in views]
 
     def encode(self, images):
+        """One group of images -> the tensors of Encoded."""
         z = self.trunk(common.normalise(images))[-1]  # (B, C, H, W)
-        projection = self.projector(z.mean((2, 3)))  # (B, D)
-        if not self.dense:
-            return z, projection, self.predictor(projection)
-        dense = self.dense_projector(z)  # (B, D, H, W)
-        return z, projection, self.predictor(projection), dense, self.dense_predictor(dense)
+        image = self.image_head(z.mean((2, 3)))  # (B, D)
+        outputs = [z, image, self.image_predictor(image)]
+        if self.dense:
+            cells = self.cell_head(z)  # (B, D, H, W)
+            outputs += [x.flatten(2).transpose(1, 2) for x in (cells, self.cell_predictor(cells))]  # (B, S, D)
+        return outputs
 
 
-def conv1x1(inputs, outputs, bias=True):
-    return nn.Conv2d(inputs, outputs, 1, bias=bias)
+def moco_heads(C, layer, norm):
+    """MoCo-v2's projector C-C-128, and no predictor."""
+    return nn.Sequential(layer(C, C), nn.ReLU(), layer(C, 128)), nn.Identity()
 
 
-def simsiam_heads(C, dim, layer, norm):
-    """SimSiam's projector C-C-C-D and predictor D-D/4-D."""
+def simsiam_heads(C, layer, norm):
+    """SimSiam's projector C-C-C-C and predictor C-C/4-C."""
     projector = nn.Sequential(
         layer(C, C, bias=False), norm(C), nn.ReLU(),
         layer(C, C, bias=False), norm(C), nn.ReLU(),
-        layer(C, dim, bias=False), norm(dim, affine=False),  # DEVIATION: B7. SimSiam freezes a bias that norm removes.
+        layer(C, C, bias=False), norm(C, affine=False),  # without the frozen bias, which norm removes (DEVIATION: B7)
     )  # fmt: skip
-    predictor = nn.Sequential(layer(dim, dim // 4, bias=False), norm(dim // 4), nn.ReLU(), layer(dim // 4, dim))
-    return projector, predictor
+    return projector, nn.Sequential(layer(C, C // 4, bias=False), norm(C // 4), nn.ReLU(), layer(C // 4, C))
 
 
-# ======================================================================================================================
-# Matcher: which key cells are positives of which query cells (section 3.3). No gradients, no parameters.
-# ======================================================================================================================
+# ==== Matcher: which key cells are positives of which query cells (section 3.3). No gradient, no parameters. ==========
 
 
-def attention_map(z, statistic="abs"):
-    """PAPER: Eq. 3, min-max normalised activity of the cells.
+def attention_map(z, square=False):
+    """PAPER: Eq. 3, how active each cell is, min-max normalised.
 
     Args:
-        z: (B, C, S) feature maps. statistic: "abs", the sum of |z| over channels (the text), or "square", the mean of
-            z^2 (OFFICIAL: S1, matcher.py).
+        z: (B, C, S). square: mean of z^2 over the channels, as released (S1), instead of the sum of |z|.
     Returns:
-        A: (B, S) in [0, 1]; NaN for a map without contrast, which then selects nothing (AMBIGUOUS: S26).
+        A: (B, S) in [0, 1]; NaN for a map without contrast, which then selects nothing (S26).
     """
-    z = z.float()
-    activity = z.abs().sum(1) if statistic == "abs" else z.square().mean(1)  # (B, S)
+    activity = z.square().mean(1) if square else z.abs().sum(1)  # (B, S)
     low, high = activity.amin(1, keepdim=True), activity.amax(1, keepdim=True)
     return (activity - low) / (high - low)
 
 
 def threshold_set(A, delta):
-    """PAPER: Eq. 4, the cells with A(j) >= delta, as a mask (B, S). 1 keeps only the maximum, 0 everything."""
+    """PAPER: Eq. 4, the cells with A(j) >= delta: (B, S) bool."""
     return A >= delta
 
 
 def ratio_set(A, percent):
-    """PAPER: Table 2, the Delta percent of cells with the highest attention, as a mask (B, S).
+    """PAPER: Table 2, the Delta percent of cells with the highest attention: (B, S) bool.
 
-    At least one cell; halves round up; equal values go by index (AMBIGUOUS: S19).
+    At least one cell; halves round up; equal values go by index (S19).
     """
     count = max(1, int(percent * A.shape[1] / 100 + 0.5))
-    order = torch.argsort(A, dim=1, descending=True, stable=True)  # (B, S)
+    order = A.argsort(dim=1, descending=True, stable=True)
     chosen = torch.zeros_like(A, dtype=torch.bool).scatter(1, order[:, :count], True)
     return chosen & ~A.isnan()
 
 
+def select(A, rule):
+    """The set that --set names: '0.7' is threshold_set, '30%' is ratio_set. (B, S) -> (B, S) bool"""
+    return ratio_set(A, float(rule[:-1])) if rule.endswith("%") else threshold_set(A, float(rule))
+
+
 def cosine_similarity(z_q, z_k):
-    """PAPER: Eq. 5's sim: cosine between every query and every key cell, (B, C, S) x 2 -> (B, S, S)."""
-    z_q, z_k = F.normalize(z_q.float(), dim=1), F.normalize(z_k.float(), dim=1)
-    return torch.einsum("bci,bcj->bij", z_q, z_k)
+    """PAPER: Eq. 5's sim, every query cell with every key cell: (B, C, S), (B, C, S) -> (B, S, S)"""
+    return torch.einsum("bci,bcj->bij", F.normalize(z_q, dim=1), F.normalize(z_k, dim=1))
 
 
-def set_to_set(set_q, set_k, similarity, mu, nearest, kept_at_mu=False, geometry=None):
-    """The matcher of the paper: Eqs. 5-7, c_i = (a_i \\ u_i) | s_i.
+def set_to_set(set_q, set_k, similarity, mu=0.0, nearest=True, geometry=None, official=False):
+    """PAPER: Eqs. 5-7, c_i = (a_i \\ u_i) | s_i: the other set, without misleading cells, and the nearest neighbour.
 
     Args:
-        set_q, set_k: (B, S) bool, the two sets. similarity: (B, S, S) cosine of features.
-        mu: threshold of Eq. 6. nearest: whether to join the nearest neighbours (Set2Set-NN) or not (Set2Set).
-        kept_at_mu: False, the text: drop sim <= mu, and every row of the query set gets its neighbour. True, the
-            released code (OFFICIAL: S4, S5): keep sim >= mu, and only rows that still have a member get it.
-        geometry: None or (B, S, S) bool, positives by place to join before the neighbours (OFFICIAL: S12, S13).
+        set_q, set_k: (B, S) bool. similarity: (B, S, S).
+        mu: cells with sim <= mu are misleading (Eq. 6). nearest: join s (Set2Set-NN) or not (Set2Set).
+        geometry: None or (B, S, S) bool, positives by place, joined before the neighbours (S12, S13).
+        official: as released (S4, S5): keep sim >= mu, and give a neighbour only to rows that still have a positive.
     Returns:
-        c: (B, S, S) bool, c[b, i, j]: key cell j is a positive of query cell i.
+        c: (B, S, S) bool. c[b, i, j]: key cell j is a positive of query cell i.
     """
-    a = set_q[:, :, None] & set_k[:, None, :]  # every cell of one set with every cell of the other
-    u = similarity < mu if kept_at_mu else similarity <= mu  # PAPER: Eq. 6
-    c = a & ~u
-    if geometry is not None:
-        c = c | geometry
-    if nearest:  # PAPER: Eq. 7. AMBIGUOUS: S5. The unbracketed a | s \ u is read as: neighbours are exempt from mu.
-        rows = c.any(2) if kept_at_mu else c.any(2) | set_q
+    a = set_q[:, :, None] & set_k[:, None, :]
+    u = similarity < mu if official else similarity <= mu  # PAPER: Eq. 6
+    c = a & ~u if geometry is None else a & ~u | geometry
+    if nearest:  # PAPER: Eqs. 5 and 7. Neighbours are exempt from mu (S5).
         s = F.one_hot(similarity.argmax(2), similarity.shape[2]).bool()
-        c = c | (s & (rows & set_k.any(1, keepdim=True))[:, :, None])
+        rows = c.any(2) if official else c.any(2) | set_q
+        c = c | s & (rows & set_k.any(1, keepdim=True))[:, :, None]
     return c
 
 
-def random_pairs(set_q, set_k, rng=None):
-    """PAPER: Table 3's Random: the cells of two sets of one size paired at random, one to one.
+def one_to_one(kind, set_q, set_k, A_q, A_k, similarity, rng=None):
+    """PAPER: Table 3's matchers of pixels, between two sets of equally many cells.
 
     Args:
-        set_q, set_k: (B, S) bool, equally many in both. rng: torch generator on the CPU.
+        kind: random; sort: highest attention with highest attention, and so on down; hungarian: least total cosine
+            distance. A_q, A_k: (B, S) attention. The rest as in set_to_set. rng: CPU generator for random.
     Returns:
-        c: (B, S, S) bool, at most one member in each row and column.
-    """
-    c = torch.zeros_like(set_q[:, :, None] & set_k[:, None, :])
-    for b in range(len(c)):
-        i, j = set_q[b].nonzero()[:, 0], set_k[b].nonzero()[:, 0]  # (n,)
-        j = j[torch.randperm(len(j), generator=rng).to(j.device)]
-        n = min(len(i), len(j))  # 0 if one of the maps has no contrast
-        c[b, i[:n], j[:n]] = True
-    return c
-
-
-def sorted_pairs(set_q, set_k, A_q, A_k):
-    """PAPER: Table 3's Sort: the highest attention of one set with the highest of the other, and so on down.
-
-    Args and result as random_pairs; A_q, A_k: (B, S), attention maps.
-    """
-    c = torch.zeros_like(set_q[:, :, None] & set_k[:, None, :])
-    for b in range(len(c)):
-        i, j = set_q[b].nonzero()[:, 0], set_k[b].nonzero()[:, 0]  # (n,)
-        i = i[A_q[b, i].argsort(descending=True, stable=True)]
-        j = j[A_k[b, j].argsort(descending=True, stable=True)]
-        n = min(len(i), len(j))
-        c[b, i[:n], j[:n]] = True
-    return c
-
-
-def hungarian_pairs(set_q, set_k, similarity):
-    """PAPER: Table 3's Hungarian: the one-to-one assignment of two sets with the least total cosine distance.
-
-    Args and result as random_pairs; similarity: (B, S, S), cosine of features.
+        c: (B, S, S) bool, at most one positive in each row and column.
     """
     c = torch.zeros_like(similarity, dtype=torch.bool)
     for b in range(len(c)):
-        i, j = set_q[b].nonzero()[:, 0], set_k[b].nonzero()[:, 0]  # (n,)
-        rows, columns = linear_sum_assignment(1 - similarity[b][i][:, j].cpu().numpy())
-        c[b, i[rows], j[columns]] = True
+        i, j = set_q[b].nonzero()[:, 0], set_k[b].nonzero()[:, 0]
+        if kind == "random":
+            j = j[torch.randperm(len(j), generator=rng).to(j.device)]
+        elif kind == "sort":
+            i, j = (x[A[b, x].argsort(descending=True, stable=True)] for x, A in ((i, A_q), (j, A_k)))
+        else:
+            rows, columns = linear_sum_assignment(1 - similarity[b][i][:, j].cpu().numpy())
+            i, j = i[rows], j[columns]
+        n = min(len(i), len(j))  # 0 where a map has no contrast
+        c[b, i[:n], j[:n]] = True
     return c
 
 
 def cell_centres(window, H, W):
-    """Image coordinates of the centres of a view's H x W cells, row by row.
+    """Where the cells of a view lie in the image.
 
     Args:
-        window: (B, 4) as random_view gives it; x0 > x1 of a flipped view makes the centres run from right to left.
+        window: (B, 4), see random_view; of a flipped view the centres run from right to left.
     Returns:
-        centres: (B, S, 2), x and y as fractions of the image. diagonal: (B,), length of a cell's diagonal.
+        centres: (B, S, 2), x and y, row by row. diagonal: (B,), length of a cell's diagonal.
     """
     x0, y0, x1, y1 = window.unbind(1)
     width, height = (x1 - x0) / W, (y1 - y0) / H
-    # DEVIATION: S27. From edge to edge; PixPro's from pixel centre to pixel centre is 0/0 for a single pixel.
     x = x0[:, None] + (torch.arange(W, device=window.device) + 0.5) * width[:, None]  # (B, W)
     y = y0[:, None] + (torch.arange(H, device=window.device) + 0.5) * height[:, None]  # (B, H)
-    x, y = x[:, None, :].expand(-1, H, -1), y[:, :, None].expand(-1, -1, W)
-    return torch.stack([x, y], dim=3).flatten(1, 2), torch.hypot(width, height)
+    centres = torch.stack([x[:, None, :].expand(-1, H, -1), y[:, :, None].expand(-1, -1, W)], 3)
+    return centres.flatten(1, 2), torch.hypot(width, height)
 
 
-def geometry_pairs(window_q, window_k, H, W, T):
+def geometry_pairs(window_q, window_k, H, W, T=0.5):
     """PAPER: Table 4's Geo, PixPro's rule: centres closer than T times the longer cell diagonal of the two views.
 
-    Args:
-        window_q, window_k: (B, 4), see random_view. H, W: cells. T: 0.5 in SetSim (OFFICIAL: S12), 0.7 in PixPro.
-    Returns:
-        (B, S, S) bool. For a window that is square in image fractions and itself, exactly the identity up to T = 0.7.
+    (B, 4), (B, 4) -> (B, S, S) bool. T is 0.5 in SetSim (S12), 0.7 in PixPro.
     """
-    centres_q, diagonal_q = cell_centres(window_q, H, W)
-    centres_k, diagonal_k = cell_centres(window_k, H, W)
-    difference = centres_q[:, :, None] - centres_k[:, None, :]  # (B, S, S, 2)
-    return difference.square().sum(3).sqrt() < T * torch.maximum(diagonal_q, diagonal_k)[:, None, None]
+    (centres_q, diagonal_q), (centres_k, diagonal_k) = (cell_centres(w, H, W) for w in (window_q, window_k))
+    distance = (centres_q[:, :, None] - centres_k[:, None, :]).square().sum(3).sqrt()  # (B, S, S)
+    return distance < T * torch.maximum(diagonal_q, diagonal_k)[:, None, None]
 
 
 class Match(NamedTuple):
-    """What the matcher found. attention, sets: (B, S) for both views; similarity, positives: (B, S, S)."""
+    """What the matcher found."""
 
-    attention_q: torch.Tensor
-    attention_k: torch.Tensor
-    set_q: torch.Tensor
-    set_k: torch.Tensor
-    similarity: torch.Tensor
-    positives: torch.Tensor
+    attention: tuple  # of (B, S), for view q and view k
+    sets: tuple  # of (B, S) bool, likewise
+    similarity: torch.Tensor  # (B, S, S)
+    positives: torch.Tensor  # (B, S, S) bool
 
 
 @torch.no_grad()
-def match(z_q, z_k, window_q, window_k, matcher, statistic, threshold, ratio, mu, kept_at_mu, geometry, rng=None):
-    """From two feature maps (B, C, H, W) and windows (B, 4) to the positives of every query cell; see MATCHERS."""
+def match(z_q, z_k, window_q, window_k, matcher="set2set-nn", rule="0.7", geometry=None, official=False, rng=None):
+    """(B, C, H, W) maps and (B, 4) windows of two views -> Match. See get_args for matcher, rule (--set), geometry."""
     H, W = z_q.shape[2:]
     z_q, z_k = z_q.flatten(2), z_k.flatten(2)  # (B, C, S)
-    A_q, A_k = attention_map(z_q, statistic), attention_map(z_k, statistic)
-    set_q, set_k = (threshold_set(A, threshold) if ratio is None else ratio_set(A, ratio) for A in (A_q, A_k))
-    if matcher not in SET_MATCHERS + PIXEL_MATCHERS:
-        set_q, set_k = set_q & False, set_k & False  # the others select no set: none is to be seen in the pictures
+    A = attention_map(z_q, official), attention_map(z_k, official)
+    sets = tuple(select(a, rule) & (matcher not in ("densecl", "geometry")) for a in A)  # these two use no set
     similarity = cosine_similarity(z_q, z_k)
-    same_place = None if geometry is None else geometry_pairs(window_q, window_k, H, W, geometry)
-    if matcher in SET_MATCHERS:
-        c = set_to_set(set_q, set_k, similarity, mu, matcher == "set2set-nn", kept_at_mu, same_place)
-    elif matcher == "random":
-        c = random_pairs(set_q, set_k, rng)
-    elif matcher == "sort":
-        c = sorted_pairs(set_q, set_k, A_q, A_k)
-    elif matcher == "hungarian":
-        c = hungarian_pairs(set_q, set_k, similarity)
+    if geometry or matcher == "geometry":
+        same_place = geometry_pairs(window_q, window_k, H, W, geometry or 0.5)
+    if matcher in PIXEL_MATCHERS:
+        c = one_to_one(matcher, *sets, *A, similarity, rng)
     elif matcher == "densecl":
         c = F.one_hot(similarity.argmax(2), H * W).bool()
     elif matcher == "geometry":
         c = same_place
-    else:
-        c = torch.zeros_like(similarity, dtype=torch.bool)
-    return Match(A_q, A_k, set_q, set_k, similarity, c)
+    else:  # mu of Eq. 6 is 0 in the text, 0.2 in the released script (S4)
+        mu, nearest = 0.2 if official else 0.0, matcher == "set2set-nn"
+        c = set_to_set(*sets, similarity, mu, nearest, same_place if geometry else None, official)
+    return Match(A, sets, similarity, c)
 
 
-# ======================================================================================================================
-# Losses. All embeddings that come in are unit vectors in fp32.
-# ======================================================================================================================
-
-
-class NegativeLogSumExp(torch.autograd.Function):
-    """log sum_k exp(q . k / tau) over a queue that needs no gradient, in memory that does not grow with R x K.
-
-    Its gradient is the softmax-weighted mean of the queue, (R, D), so the forward pass computes it chunk by chunk and
-    no logit has to be kept for the backward pass: the same two matrix products as plain autograd.
-    """
-
-    @staticmethod
-    def forward(ctx, q, queue, temperature, elements):
-        values, gradients = [], []
-        for rows in q.split(max(1, elements // len(queue))):
-            logits = rows @ queue.T / temperature  # (r, K)
-            values.append(logits.logsumexp(1))
-            gradients.append((logits - values[-1][:, None]).exp_() @ queue / temperature)  # (r, D)
-        ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(values)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient[:, None] * ctx.saved_tensors[0], None, None, None
-
-
-def negative_logsumexp(q, queue, temperature, elements=2**24):
-    """The negatives' part of a contrastive denominator: log sum_k exp(q . k / tau).
-
-    Args:
-        q: (R, D), with gradient. queue: (K, D), without. elements: size limit of the largest tensor on the way.
-    Returns:
-        (R,)
-    """
-    return NegativeLogSumExp.apply(q, queue, temperature, elements)
+# ==== Losses. Embeddings are fp32; those of contrastive losses are unit vectors. ======================================
 
 
 def image_contrastive_loss(q, k, queue, temperature):
@@ -531,12 +357,12 @@ def image_contrastive_loss(q, k, queue, temperature):
 def set_contrastive_loss(p_q, p_k, positives, queue, temperature):
     """PAPER: Eq. 8: - 1/|c_i| sum_{j in c_i} log( exp(p_i.p_j) / (sum_{j' in c_i} exp(p_i.p_j') + sum exp(p_i.k-)) ).
 
-    Every positive of a row is in the denominator of each of them (OFFICIAL: S7); other cells of the same image are in
-    none (OFFICIAL: S8). DEVIATION: S9. Mean over an image's rows, then over images, not the printed sum: that would
-    grow with the set. Rows without positives do not count, images without rows count as 0 (OFFICIAL: S10).
+    Every positive of a row is in the denominator of each of them; other cells of the image are in none (S7, S8).
+    DEVIATION: S9, mean over an image's rows, then over images: the printed sum would grow with the set. Rows without
+    positives do not count, images without rows count as 0 (S10).
 
     Args:
-        p_q, p_k: (B, S, D), query and key cells. positives: (B, S, S) bool. queue: (K, D), pooled keys of other images.
+        p_q, p_k: (B, S, D). positives: (B, S, S) bool. queue: (K, D), pooled keys of other images.
     Returns:
         scalar; exactly 0, with zero gradients, if there is no positive at all.
     """
@@ -556,489 +382,168 @@ def image_cosine_loss(prediction, projection):
 
 
 def set_cosine_loss(prediction, projection, positives):
-    """Eq. 8 without negatives: minus the mean over j in c_i of cos(prediction_i, stop-gradient(projection_j)).
+    """Eq. 8 without negatives: minus the mean over j in c_i of cos(prediction_i, projection_j), averaged as Eq. 8 is.
 
-    AMBIGUOUS: S18. Averaged as set_contrastive_loss. (B, S, D), (B, S, D), (B, S, S) bool -> scalar
+    (B, S, D), (B, S, D), (B, S, S) bool -> scalar. No gradient flows through the projections. The paper is silent (S18).
     """
     cosine = torch.einsum("bid,bjd->bij", F.normalize(prediction, dim=2), F.normalize(projection.detach(), dim=2))
     row = (cosine * positives).sum(2) / positives.sum(2).clamp(min=1)  # (B, S)
     return -(row.sum(1) / positives.any(2).sum(1).clamp(min=1)).mean()
 
 
-# ======================================================================================================================
-# Method: one iteration, from views to the loss
-# ======================================================================================================================
+# ==== Method: one iteration, from views to the loss ===================================================================
 
 
-def cells(dense):
-    """(B, D, H, W) -> (B, S, D), a row per cell."""
-    return dense.flatten(2).transpose(1, 2)
-
-
-def health(found, image, dense):
-    """The numbers of a log line that tell whether matching and embeddings are alive (scalars on the device)."""
-    rows = found.positives.any(2)  # (B, S)
-    return {
-        "positives": found.positives.sum() / rows.sum().clamp(min=1),  # a row's, |c_i|
-        "rows": rows.sum(1).float().mean(),  # an image's
-        "empty": (~rows.any(1)).float().mean(),  # share of images without rows
-        "std_image": image.std(0, correction=0).mean(),
-        "std_dense": dense.flatten(0, 1).std(0, correction=0).mean(),
-    }
-
-
-class SetSimMoCo(nn.Module):
-    """SetSim on MoCo-v2: momentum encoder, shuffling BN, one queue of image keys and one of pooled dense keys.
+class SetSim(nn.Module):
+    """SetSim on MoCo-v2 (momentum keys, shuffling BN, two queues) or, without a queue, on SimSiam.
 
     Args:
-        encoder: an Encoder; without a dense head this is plain MoCo-v2.
-        matcher: function (z_q, z_k, window_q, window_k, rng) -> Match.
-        queue_size, ema, temperature, loss_weight, symmetric, seed: see get_args.
-        autocast: context manager factory for the encoders.
+        encoder: Encoder. match: the function of that name, its settings filled in. loss_weight: lambda of Eq. 9.
+        symmetric: both directions. queue_size, ema, temperature: K, m, tau of MoCo; a queue_size of 0 means SimSiam.
     """
 
-    def __init__(self, encoder, dim, matcher, queue_size, ema, temperature, loss_weight, symmetric, seed, autocast):
+    picture, measured = "matches", "cells have their best match within one cell of the true place"
+
+    def __init__(self, encoder, match, loss_weight, symmetric, queue_size=0, ema=0.999, temperature=0.2, seed=0):
         super().__init__()
-        self.query, self.key = encoder, copy.deepcopy(encoder).requires_grad_(False)
-        self.image_queue = common.Queue(queue_size, dim, common.generator("image queue", seed))
-        if encoder.dense:
-            self.set_queue = common.Queue(queue_size, dim, common.generator("set queue", seed))
-        self.matcher, self.ema, self.temperature, self.loss_weight = matcher, ema, temperature, loss_weight
-        self.symmetric, self.seed, self.autocast = symmetric, seed, autocast
+        self.query, self.key = encoder, None
+        self.match, self.loss_weight, self.symmetric = match, loss_weight, symmetric
+        self.ema, self.temperature, self.seed = ema, temperature, seed
+        if queue_size:
+            self.key = copy.deepcopy(encoder).requires_grad_(False)
+            self.image_queue = common.Queue(queue_size, 128, common.generator("image queue", seed))
+            if encoder.dense:
+                self.set_queue = common.Queue(queue_size, 128, common.generator("set queue", seed))
 
-    @torch.no_grad()
-    def encode_keys(self, views, permutation):
-        """The key network on shuffled images, and its outputs back in order."""
-        with self.autocast():
-            outputs = self.key(*(common.shuffle(view, permutation) for view in views))
-        return [Encoded(*(common.unshuffle(x, permutation) for x in output if x is not None)) for output in outputs]
-
-    def direction(self, query, key, window_q, window_k, rng):
-        """Both losses of one direction, view q -> view k, against the queues as they are."""
-        q, k = F.normalize(query.image.float(), dim=1), F.normalize(key.image.float(), dim=1)  # (B, D)
-        image_loss = image_contrastive_loss(q, k, self.image_queue.vectors, self.temperature)  # PAPER: Eq. 1
-        if not self.query.dense:
-            return image_loss, {"loss_image": image_loss.detach(), "std_image": q.detach().std(0, correction=0).mean()}
-        p_q, p_k = (F.normalize(cells(x.dense.float()), dim=2) for x in (query, key))  # (B, S, D)
-        found = self.matcher(query.z.detach(), key.z, window_q, window_k, rng)
-        set_loss = set_contrastive_loss(p_q, p_k, found.positives, self.set_queue.vectors, self.temperature)
-        loss = (1 - self.loss_weight) * image_loss + self.loss_weight * set_loss  # PAPER: Eq. 9
-        values = {"loss_image": image_loss.detach(), "loss_set": set_loss.detach()}
-        return loss, values | health(found, q.detach(), p_q.detach())
-
-    def enqueue(self, keys):
-        """Image keys, and dense keys averaged over their cells before they are normalised (OFFICIAL: S11)."""
-        image = [F.normalize(key.image.float(), dim=1) for key in keys]  # (B, D) for each view
-        self.image_queue.enqueue(torch.cat([common.all_gather(x) for x in image]))
-        if self.query.dense:
-            pooled = [F.normalize(key.dense.float().mean((2, 3)), dim=1) for key in keys]  # (B, D) for each view
-            self.set_queue.enqueue(torch.cat([common.all_gather(x) for x in pooled]))
-
-    def forward(self, network, view_q, view_k, window_q, window_k, step, rank=0):
+    def forward(self, network, view_q, view_k, window_q, window_k, step):
         """One iteration.
 
         Args:
-            network: self.query, wrapped in DistributedDataParallel where there are several processes.
-            view_q, view_k: (B, 3, size, size) uint8. window_q, window_k: (B, 4). step, rank: keys of random draws.
+            network: self.query, wrapped in DistributedDataParallel if there are several processes.
+            view_q, view_k: (B, 3, size, size) uint8. window_q, window_k: (B, 4). step: key of random draws.
         Returns:
-            loss (scalar), {name: detached scalar}
+            loss, {name: scalar tensor, or number to compare with}
         """
-        views = [view_q, view_k]
-        # 1. queries: one view, or both for the symmetric loss
-        with self.autocast():
-            queries = network(*views) if self.symmetric else network(view_q)
-        # 2. the momentum encoder follows, once a step and before its keys are computed
+        # 1. queries: view q; for both directions view k too
+        queries = network(view_q, view_k) if self.symmetric else network(view_q)
+        # 2. keys: of the momentum network, or SimSiam's own projections
+        keys = queries
+        if self.key:
+            keys = self.momentum_keys(step, *((view_q, view_k) if self.symmetric else (view_k,)))
+        # 3. match each query with the key of the other view and compare; mean of the directions (S14)
+        windows = (window_q, window_k), (window_k, window_q)
+        rng = common.generator("match", self.seed, step, common.rank())
+        pairs = zip(queries, keys[::-1], windows)  # noqa: B905  one direction has one query, one key
+        losses, values = zip(*(self.compare(query, key, *w, rng) for query, key, w in pairs), strict=True)
+        # 4. the keys of this step become negatives of later ones
+        if self.key:
+            for key in keys:
+                self.image_queue.enqueue(all_gather(F.normalize(key.image, dim=1)))
+                if self.query.dense:  # averaged over the cells, then normalised (S11)
+                    self.set_queue.enqueue(all_gather(F.normalize(key.cells.mean(1), dim=1)))
+        values = {name: sum(v[name] for v in values) / len(values) for name in values[0]}
+        return sum(losses) / len(losses), values
+
+    @torch.no_grad()
+    def momentum_keys(self, step, *views):
+        """Encoded of each view, of images shuffled over all groups: batch statistics must not give the positive away.
+
+        The momentum network follows once a step, before its keys are computed.
+        """
         common.momentum_update(self.key, self.query, self.ema)
-        # 3. keys, in other company than their queries
-        batch = len(view_q) * common.world_size()
+        batch = len(views[0]) * common.processes()
         permutation = torch.randperm(batch, generator=common.generator("shuffle", self.seed, step))
-        keys = self.encode_keys(views if self.symmetric else views[1:], permutation)
-        # 4. match and compare, both directions against the same queues (AMBIGUOUS: S14. their mean)
-        rng = common.generator("match", self.seed, step, rank)
-        if self.symmetric:
-            forth, values = self.direction(queries[0], keys[1], window_q, window_k, rng)
-            back, values_back = self.direction(queries[1], keys[0], window_k, window_q, rng)
-            loss, values = (forth + back) / 2, {name: (values[name] + values_back[name]) / 2 for name in values}
+        keys = self.key(*(common.shuffle(view, permutation) for view in views))
+        return [Encoded(*(common.unshuffle(x, permutation) for x in key if x is not None)) for key in keys]
+
+    def compare(self, query, key, window_q, window_k, rng):
+        """The loss of one direction, and the numbers that tell whether matching and embeddings are alive."""
+        q, k = F.normalize(query.image, dim=1), F.normalize(key.image.detach(), dim=1)  # (B, D)
+        if self.key:
+            image_loss = image_contrastive_loss(q, k, self.image_queue.vectors, self.temperature)  # PAPER: Eq. 1
         else:
-            loss, values = self.direction(queries[0], keys[0], window_q, window_k, rng)
-        # 5. the keys of this step become negatives of later ones
-        self.enqueue(keys)
-        return loss, {"loss": loss.detach(), **values}
-
-    @torch.no_grad()
-    def features(self, view_q, view_k):
-        """(z_q, z_k) as the matcher sees them, with the batch statistics of these images."""
-        with self.autocast():
-            return self.query(view_q)[0].z.float(), self.key(view_k)[0].z.float()
-
-
-class SetSimSimSiam(nn.Module):
-    """SetSim on SimSiam: one network with predictors, both directions, no negatives. AMBIGUOUS: S18."""
-
-    def __init__(self, encoder, matcher, loss_weight, seed, autocast):
-        super().__init__()
-        self.query = encoder
-        self.matcher, self.loss_weight, self.seed, self.autocast = matcher, loss_weight, seed, autocast
-
-    def direction(self, one, other, window_one, window_other, rng):
-        """Both losses of one direction: predictions of one view, projections of the other."""
-        image_loss = image_cosine_loss(one.prediction.float(), other.projection.float())
-        image = F.normalize(other.projection.detach().float(), dim=1)
+            image_loss = image_cosine_loss(query.image_prediction, key.image)
+        values = {"loss_image": image_loss, "std_image": (q if self.key else k).std(0, correction=0).mean()}
+        values["std_spread"] = k.shape[1] ** -0.5  # of evenly drawn directions
+        if self.key:
+            values["loss_chance"] = math.log(len(self.image_queue.vectors) + 1)  # of a random guess
         if not self.query.dense:
-            return image_loss, {"loss_image": image_loss.detach(), "std_image": image.std(0, correction=0).mean()}
-        found = self.matcher(one.z.detach(), other.z.detach(), window_one, window_other, rng)
-        dense = other.dense_projection.detach().float()  # (B, D, H, W)
-        set_loss = set_cosine_loss(cells(one.dense_prediction.float()), cells(dense), found.positives)
-        loss = (1 - self.loss_weight) * image_loss + self.loss_weight * set_loss  # PAPER: Eq. 9
-        values = {"loss_image": image_loss.detach(), "loss_set": set_loss.detach()}
-        return loss, values | health(found, image, F.normalize(cells(dense), dim=2))
-
-    def forward(self, network, view_q, view_k, window_q, window_k, step, rank=0):
-        """One iteration; arguments and results as SetSimMoCo.forward."""
-        with self.autocast():
-            one, other = network(view_q, view_k)
-        rng = common.generator("match", self.seed, step, rank)
-        forth, values = self.direction(one, other, window_q, window_k, rng)
-        back, values_back = self.direction(other, one, window_k, window_q, rng)
-        loss, values = (forth + back) / 2, {name: (values[name] + values_back[name]) / 2 for name in values}
-        return loss, {"loss": loss.detach(), **values}
-
-    @torch.no_grad()
-    def features(self, view_q, view_k):
-        """(z_q, z_k) as the matcher sees them, with the batch statistics of these images."""
-        with self.autocast():
-            return tuple(output.z.float() for output in self.query(view_q, view_k))
-
-
-def build(args, world, init=None):
-    """The method that the settings describe, on its device, equal on all processes; `init`: weights to start from."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp, torch.float32)
-
-    def autocast():
-        return torch.autocast(world.device.type, dtype, enabled=args.amp != "none")
-
-    def matcher(z_q, z_k, window_q, window_k, rng):
-        return match(
-            z_q, z_k, window_q, window_k, args.matcher, args.attention, args.threshold, args.ratio, args.mu,
-            args.preset == "official", args.geometry, rng,
-        )  # fmt: skip
-
-    dense = args.matcher != "none"
-    with common.drawing("init", args.seed):
-        if args.framework == "moco":
-            encoder = Encoder(args.arch, args.dim, args.group_size, dense)
+            return image_loss, values
+        found = self.match(query.z.detach(), key.z.detach(), window_q, window_k, rng=rng)
+        p_q, p_k = F.normalize(query.cells, dim=2), F.normalize(key.cells, dim=2)  # (B, S, D)
+        if self.key:
+            set_loss = set_contrastive_loss(p_q, p_k, found.positives, self.set_queue.vectors, self.temperature)
         else:
-            encoder = SimSiamEncoder(args.arch, args.dim, dense)
+            set_loss = set_cosine_loss(query.cells_prediction, key.cells, found.positives)
+        rows = found.positives.any(2)  # (B, S)
+        values |= {
+            "loss_set": set_loss,
+            "positives": found.positives.sum() / rows.sum().clamp(min=1),  # of a row
+            "rows": rows.sum(1).float().mean(),  # of an image
+            "empty": (~rows.any(1)).float().mean(),  # share of images without rows
+            "std_dense": (p_q if self.key else p_k).flatten(0, 1).std(0, correction=0).mean(),
+        }
+        return (1 - self.loss_weight) * image_loss + self.loss_weight * set_loss, values  # PAPER: Eq. 9
+
+    def see(self, view_q, view_k, window_q, window_k):
+        """Match of fixed views, and the size H, W of their maps."""
+        (query,), (key,) = self.query(view_q), (self.key or self.query)(view_k)
+        found = self.match(query.z, key.z, window_q, window_k, rng=common.generator("see", self.seed))
+        return found, *query.z.shape[2:]
+
+    def measure(self, view_q, view_k, window_q, window_k):
+        found, H, W = self.see(view_q, view_k, window_q, window_k)
+        return look.correspondence(found.similarity, window_q, window_k, H, W)
+
+    def draw(self, path, view_q, view_k, window_q, window_k):
+        look.draw_matches(path, view_q, view_k, *self.see(view_q, view_k, window_q, window_k))
+
+
+def build(args, device, init=None):
+    """The method that the settings describe, equal on all processes. init: weights to start from, see --init."""
+    moco = args.framework == "moco"
+    with common.drawing("init", args.seed):
+        encoder = Encoder(args.arch, args.framework, args.loss_weight > 0, args.amp)
     if init:
-        weights, line = common.load_backbone(init, args.arch)
-        encoder.trunk.load_state_dict(weights)
-        print0(line)
-    if args.framework == "moco":
-        method = SetSimMoCo(
-            encoder, args.dim, matcher, args.queue_size, args.ema, args.temperature,
-            args.loss_weight, args.symmetric, args.seed, autocast,
-        )  # fmt: skip
-    else:
-        if world.size > 1 and world.device.type == "cuda":
-            encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
-        elif world.size > 1:
-            print0("synchronised batch norm needs CUDA: each process takes the statistics of its own images")
-        method = SetSimSimSiam(encoder, matcher, args.loss_weight, args.seed, autocast)
-    return method.to(world.device, memory_format=torch.channels_last)
+        weights.load_into(encoder.trunk, init, args.arch)
+    encoder = encoder if moco else common.synchronised_norms(encoder, device)
+    settings = dict(matcher=args.matcher, rule=args.set, geometry=args.geometry, official=args.preset == "official")
+    method = SetSim(
+        encoder, partial(match, **settings), args.loss_weight, args.symmetric or not moco,
+        (args.queue_size or 65536) if moco else 0, args.ema, args.temperature, args.seed,
+    )  # fmt: skip
+    return method.to(device, memory_format=torch.channels_last)
 
 
-# ======================================================================================================================
-# What the matcher sees: a picture and a number, on fixed crops
-# ======================================================================================================================
+# ==== Training ========================================================================================================
 
 
-def correspondence_accuracy(similarity, window_q, window_k, H, W):
-    """How often the most similar key cell lies within one cell of the true place.
-
-    Args:
-        similarity: (B, S, S). window_q, window_k: (B, 4), see random_view.
-    Returns:
-        hits, chance, cells: the share of query cells whose arg-max is at most one row and one column away from where
-        their centre lies in the key view; the same for an arg-max drawn evenly; and how many query cells have their
-        centre in the key view (only those count).
-    """
-    centres, _ = cell_centres(window_q, H, W)  # (B, S, 2)
-    start, end = window_k[:, None, :2], window_k[:, None, 2:]
-    place = (centres - start) / (end - start)  # (B, S, 2), 0 to 1 across the key view
-    inside = ((place >= 0) & (place < 1)).all(2)  # (B, S)
-    true = place * torch.tensor([W, H], device=place.device) - 0.5  # in cells, an integer at a cell's centre
-    cell = torch.arange(H * W, device=place.device)
-    offset = true[:, :, None] - torch.stack([cell % W, cell // W], 1)  # (B, S, S, 2)
-    near = (offset.abs() < 1.001).all(3)  # (B, S, S)
-    hit = near.gather(2, similarity.argmax(2, keepdim=True))[:, :, 0]
-    return hit[inside].float().mean().item(), near[inside].float().mean().item(), int(inside.sum())
-
-
-def probe(method, images, args, world, title):
-    """On fixed pairs of crops: draw OUTPUT_DIR/matches_<title>.png, print and return the correspondence accuracy.
-
-    The networks are copies in training mode, so that batch statistics are what the loss sees and nothing is changed.
-    All processes compute the same (synchronised batch norm waits for all); the first one draws.
-    """
-    method = copy.deepcopy(method)
-    hits, chances, cells = 0.0, 0.0, 0
-    for first in range(0, 256 if args.demo else 32, 32):
-        pairs = []
-        for i in range(first, first + 32):
-            with common.drawing("probe", args.seed, i):
-                image = images.probe(i)
-                pairs.append([*random_view(image, args.size, False), *random_view(image, args.size, False)])
-        view_q, window_q, view_k, window_k = (torch.stack(x).to(world.device) for x in zip(*pairs, strict=True))
-        z_q, z_k = method.features(view_q, view_k)
-        H, W = z_q.shape[2:]
-        found = method.matcher(z_q, z_k, window_q, window_k, common.generator("match", args.seed, "probe"))
-        if first == 0 and world.rank == 0:
-            draw_matches(os.path.join(args.output_dir, f"matches_{title}.png"), view_q[:6], view_k[:6], found, H, W)
-        hit, chance, n = correspondence_accuracy(found.similarity, window_q, window_k, H, W)
-        hits, chances, cells = hits + hit * n, chances + chance * n, cells + n
-    hits, chances = hits / cells, chances / cells
-    where = "held-out scenes" if images.held_out else "fixed crops of the training images"
-    print0(
-        f"{title} of training: best match within one cell of the true place for {hits:.1%} of {cells} cells on {where} "
-        f"(chance {chances:.1%})"
-    )
-    return {"hits": hits, "chance": chances, "cells": cells}
-
-
-def draw_matches(path, view_q, view_k, found, H, W):
-    """PAPER: Figure 3. A row per image: view q, its attention and set, view k, its attention and set.
-
-    One cell of view q (the most attentive with a positive) is linked to all its positives in view k; red circles are
-    the nearest neighbours of all rows, Eq. 5.
-
-    Args:
-        view_q, view_k: (n, 3, size, size) uint8. found: Match of these images, or of more.
-    """
-    side, gap, orange, blue, red = 224, 6, (255, 176, 0), (64, 176, 255), (230, 40, 40)
-    titles = ("view q, one cell", "attention and set q", "view k: its positives, neighbours red", "attention and set k")
-    canvas = Image.new("RGB", (4 * (side + gap) + gap, len(view_q) * (side + gap) + 20), "white")
-    draw = ImageDraw.Draw(canvas)
-    found = Match(*(x.cpu() for x in found))
-
-    def corner(row, column):
-        return np.array([gap + column * (side + gap), 20 + row * (side + gap)])
-
-    def centre(row, column, cell):
-        return corner(row, column) + (np.array([cell % W, cell // W]) + 0.5) * side / (W, H)
-
-    def disc(place, radius, **style):
-        draw.ellipse((*(place - radius), *(place + radius)), **style)
-
-    for column, title in enumerate(titles):
-        draw.text((gap + column * (side + gap), 4), title, fill="black")
-    for row in range(len(view_q)):
-        sides = ((0, view_q, found.attention_q, found.set_q, orange), (2, view_k, found.attention_k, found.set_k, blue))
-        for column, views, attention, chosen, colour in sides:
-            picture = TF.to_pil_image(views[row].cpu()).resize((side, side))
-            heat = attention[row].nan_to_num().view(H, W, 1).numpy()
-            heat = 255 * np.concatenate([heat, 0.8 * heat, 0.5 - 0.5 * heat], 2)  # dark blue to yellow
-            heat = Image.fromarray(heat.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
-            canvas.paste(picture, tuple(corner(row, column)))
-            canvas.paste(Image.blend(picture.convert("L").convert("RGB"), heat, 0.6), tuple(corner(row, column + 1)))
-            for cell in chosen[row].nonzero()[:, 0].tolist():
-                middle, half = centre(row, column + 1, cell), np.array([side / W, side / H]) / 2 - 1
-                draw.rectangle((*(middle - half), *(middle + half)), outline=colour, width=3)
-        linked = found.positives[row].any(1)
-        if linked.any():
-            start = found.attention_q[row].nan_to_num().masked_fill(~linked, -1).argmax().item()
-            for cell in found.positives[row, start].nonzero()[:, 0].tolist():
-                draw.line((*centre(row, 0, start), *centre(row, 2, cell)), fill=orange, width=2)
-                disc(centre(row, 2, cell), 4, fill=blue, outline="black")
-            disc(centre(row, 0, start), 6, fill=orange, outline="black")
-        for cell in found.similarity[row].argmax(1)[linked].unique().tolist():
-            disc(centre(row, 2, cell), 10, outline=red, width=3)
-    canvas.save(path)
-
-
-# ======================================================================================================================
-# Training
-# ======================================================================================================================
-
-NAME = "setsim"
-CURVES = {
-    "losses": ["loss", "loss_image", "loss_set", "=loss_chance"],
-    "std of unit embeddings (collapse: 0)": ["std_image", "std_dense", "=std_spread"],
-    "matcher": ["positives", "rows"],
-    "share of images without a row": ["empty"],
-    "learning rate": ["lr"],
-}
-FREE = ("data", "output_dir", "demo", "steps", "workers", "print_freq", "save_every", "resume", "given")
-
-
-def fit_batch_and_queue(args, images, world):
-    """Check that batch, processes, groups and data go together; shrink a queue that nobody asked for to the data."""
-    share = args.batch_size // world.size
-    if args.batch_size % world.size:
-        raise UserError(f"--batch-size {args.batch_size} is not divisible by {world.size} processes")
-    if share < 2:
-        raise UserError(f"--batch-size {args.batch_size} leaves one image for each process: batch norm needs two")
-    if len(images) < args.batch_size:
-        raise UserError(f"{len(images)} images are fewer than --batch-size {args.batch_size}: give a smaller one")
-    if args.framework == "simsiam":
-        return
-    groups = -(-share // args.group_size)
-    if share // groups < 2:
-        raise UserError(
-            f"{share} images a process in groups of {args.group_size} leave one alone: batch norm needs two"
-        )
-    if share / groups != args.group_size:
-        print0(f"batch norm: groups of {share // groups} images instead of {args.group_size}")
-    if groups * world.size == 1:
-        print0("warning: one group of images: shuffling batch norm does nothing, and keys may leak through it")
-    fitting = max(1, len(images) // args.batch_size - 1) * args.batch_size
-    if args.queue_size > fitting and "queue_size" in args.given:
-        print0(f"warning: --queue-size {args.queue_size} can hold several keys of one image (there are {len(images)})")
-    elif args.queue_size > fitting:
-        print0(
-            f"queue: {fitting} keys instead of {args.queue_size}, not to hold two of one image ({len(images)} images)"
-        )
-        args.queue_size = fitting
-
-
-def yardsticks(args, method, world):
-    """What stands beside the values of every log line: loss of a random guess, spread of evenly drawn directions."""
-    chance = float(np.log(args.queue_size + 1)) if args.framework == "moco" else None
-    return {"loss_chance": chance, "std_spread": args.dim**-0.5}
-
-
-def exports(args, method):
-    """{file name: weights} for others to take: the query backbone."""
-    return {f"{args.arch}.pth": method.query.trunk.state_dict()}
-
-
-def main(argv=None):
+def train(argv=None):
     args = get_args(argv)
-    world = common.start_processes()
-    stop_signal = common.StopSignal()
-    if args.demo and "amp" not in args.given and common.bf16_is_fast(world.device):
-        args.amp = "bf16"
-
-    # data -------------------------------------------------------------------------------------------------------------
-    images = common.open_images(args.data, args.size, args.seed)
-    fit_batch_and_queue(args, images, world)
-    epoch_steps = len(images) // args.batch_size
-    total = args.epochs * epoch_steps
-    last = total if args.steps is None else min(total, args.steps)
-
-    # method, optimiser, resume ----------------------------------------------------------------------------------------
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    settings |= {"files": images.fingerprint(), "processes": world.size}
-    checkpoints = common.Checkpoints(args.output_dir, NAME, settings)
-    state = checkpoints.load(args.resume)
-    common.require_agreement(
-        (settings["files"], state and state["step"]),
-        "the processes see different images or checkpoints: --data and --output-dir must be the same on all machines",
-    )
-    method = build(args, world, None if state else args.init)
+    run = Run("setsim", args)  # processes, images, output folder, log, checkpoints, signals: harness/run.py
+    if args.framework == "moco":
+        args.queue_size = run.fit_queue(args.queue_size)
+    method = build(args, run.device, run.init)
     network = method.query
-    lr = args.lr * args.batch_size / 256  # DEVIATION: S15. once; the released script scales a number already scaled
-    parameters = {"decaying": [], "constant": []}  # OFFICIAL: B6. SimSiam's predictors keep their learning rate
-    for name, parameter in network.named_parameters():
-        constant = args.framework == "simsiam" and args.fix_pred_lr and "predictor" in name
-        parameters["constant" if constant else "decaying"].append(parameter)
-    groups = [{"params": params, "schedule": schedule} for schedule, params in parameters.items() if params]
-    # OFFICIAL: B3. Weight decay on norms and biases too.
-    optimizer = torch.optim.SGD(groups, lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
-    step, bad = 0, common.BadImages(images)
-    if state:
-        method.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        step, bad = state["step"], common.BadImages(images, state["bad_images"])
-        log_file = common.read_log(os.path.join(args.output_dir, "log.jsonl"))
-        if step >= last and any("probe" in line and line["step"] == step for line in log_file):
-            print0(f"{args.output_dir}: finished, at step {step} of {last}; give another --output-dir for a new run")
-            return
-        print0(f"continued from step {step}")
-        del state  # as large as everything else together
-    network = common.wrap_distributed(network, world)
 
-    # start ------------------------------------------------------------------------------------------------------------
-    yardstick = yardsticks(args, method, world)
-    print0(
-        f"{NAME}: {images.fingerprint()}; {epoch_steps} steps an epoch, {last} in all; "
-        f"batch {args.batch_size} = {world.size} x {args.batch_size // world.size} on {world.device.type}; "
-        f"lr {lr:g} = {args.lr:g} x {args.batch_size}/256; amp {args.amp}"
-    )
-    header = {"command": common.command(), "versions": common.versions(), "settings": settings}
-    log = common.RunLog(args.output_dir, header, step, last, world.rank == 0)
-    if step == 0:
-        log.write({"step": 0, "probe": probe(method, images, args, world, "start")})
+    # Weight decay on norms and biases too (B3). SimSiam's predictors keep their learning rate (B6).
+    lr = args.lr * args.batch_size / 256  # once; the released script scales a number already scaled (DEVIATION: S15)
+    predictors = [p for name, p in network.named_parameters() if "predictor" in name]
+    others = [p for name, p in network.named_parameters() if "predictor" not in name]
+    optimizer = torch.optim.SGD([{"params": others}, {"params": predictors}], lr, momentum=0.9, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=args.amp == "fp16")
+    run.resume(method, optimizer, scaler, exports={f"{args.arch}.pth": network.trunk})
+    network = common.distributed(network, run.device)
 
-    # steps ------------------------------------------------------------------------------------------------------------
-    loader = torch.utils.data.DataLoader(
-        TwoViews(images, args.size, args.preset == "official", args.seed),
-        batch_sampler=common.Batches(len(images), args.batch_size, world, args.seed, step, last),
-        num_workers=args.workers,
-        worker_init_fn=common.detach_worker,
-        pin_memory=world.device.type == "cuda",
-    )
-    save_every, first = args.save_every or epoch_steps, step
-
-    def save():
-        if world.rank == 0:
-            checkpoints.save(
-                exports(args, method), step=step, model=method.state_dict(), optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(), bad_images=sorted(bad.found),
-            )  # fmt: skip
-
-    meter = common.Meter(args.batch_size)
-    for *batch, index, passed in meter.timed(loader):
-        for group in optimizer.param_groups:  # PAPER: section 4, cosine decay
-            constant = group["schedule"] == "constant"
-            group["lr"] = lr if constant else common.cosine_lr(lr, step // epoch_steps, args.epochs)
-        batch = [x.to(world.device, non_blocking=True) for x in batch]
-        loss, values = method(network, *batch, step, world.rank)
+    for batch in run.steps(partial(two_views, size=args.size)):
+        optimizer.param_groups[0]["lr"] = common.cosine_lr(lr, run.epoch, args.epochs)  # PAPER: section 4
+        loss, values = method(network, *batch, run.step)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        step += 1
-
-        meter.add(values)
-        bad.note(index, passed)
-        stop, unreadable = common.agree(stop_signal.arrived, len(bad.new))
-        if unreadable:
-            bad.share()
-        ending = stop > 0 or step == last
-        saving, logging = ending or step % save_every == 0, ending or step % args.print_freq == 0
-        if saving or logging:
-            means = meter.means(step)
-        if logging:
-            line = {"epoch": step / epoch_steps, "lr": optimizer.param_groups[0]["lr"], **means, **yardstick}
-            log.step(step, line | {"bad_images": len(bad.found)}, shown(line))
-            meter.reset()
-        if saving:
-            save()
-        if stop:
-            print0(f"stopped by a signal and saved at step {step}; the same command continues")
-            break
-
-    # results ----------------------------------------------------------------------------------------------------------
-    log.close()
-    if step == first:  # nothing was left to do, but for what follows
-        save()
-    if step >= last:
-        log.write({"step": step, "probe": probe(method, images, args, world, "end")})
-    if world.rank == 0:
-        common.draw_curves(args.output_dir, CURVES)
-        print0(f"{args.output_dir}: {', '.join(sorted(os.listdir(args.output_dir)))}")
-
-
-def shown(line):
-    """The part of a log line that the eye follows."""
-    names = [name for name in ("loss", "loss_image", "loss_set", "positives", "empty") if name in line]
-    return (
-        f"epoch {line['epoch']:.2f} {' '.join(f'{name} {line[name]:.3f}' for name in names)} "
-        f"{line['images_per_s']:.0f} img/s data {line['data_share']:.0%}"
-    )
+        run.log(loss=loss, lr=optimizer.param_groups[0]["lr"], **values)
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    main(train)

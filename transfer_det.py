@@ -17,7 +17,7 @@ from torchvision's parts; where those compute something else than detectron2, a 
     python transfer_det.py --predict photos --output-dir runs/transfer_det               draw what the detector finds
     python transfer_det.py --task coco --model fpn --steps 0                             print the protocol as built
 
-The last iterate is evaluated, nothing is picked. What was measured, and what was not run, stands in README.md; tags name
+The last iterate is evaluated, nothing is picked. What was measured, and what was not run, stands in docs/transfer.md; tags name
 rows of its table of decisions.
 """
 
@@ -52,6 +52,11 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 import common
+import harness.images
+import harness.legacy
+import harness.pictures
+import harness.run
+import harness.weights
 from common import UserError, print0
 
 # ======================================================================================================================
@@ -133,12 +138,12 @@ def get_args(argv=None):
     flag("--eval-only", action="store_true", help="evaluate the detector in --output-dir, do not train")
     flag("--predict", default=None, metavar="DIR", help="draw what the detector in --output-dir finds on a folder of images, write COCO results")
     flag("--steps", default=None, type=int, help="stop after so many steps in all, schedule unchanged; 0: print the protocol as built")
-    flag("--workers", default=min(4, common.usable_cores()), type=int, help="loader processes for each training process; no influence on results")
+    flag("--workers", default=min(4, harness.legacy.usable_cores()), type=int, help="loader processes for each training process; no influence on results")
     flag("--print-freq", default=20, type=int, help="steps between log lines")
     flag("--save-every", default=1000, type=int, help="steps between checkpoints")
     flag("--resume", default=None, metavar="FILE", help="continue from this checkpoint; default OUTPUT_DIR/checkpoint.pth if it is there")
     # fmt: on
-    args, given = parser.parse_args(argv), common.given_flags(parser, argv)
+    args, given = parser.parse_args(argv), harness.legacy.given_flags(parser, argv)
     if args.eval_only and args.predict:
         raise UserError("--eval-only and --predict are two jobs: give one of them")
     if args.eval_only or args.predict:
@@ -171,7 +176,7 @@ def remembered(args, given):
         raise UserError(
             f"{path}: no such file; --eval-only and --predict want the --output-dir of a run (seed0, ... of trials)"
         )
-    found = common.load_checkpoint_file(path)
+    found = harness.weights.load_checkpoint_file(path)
     if not isinstance(found, dict) or found.get("script") != NAME:
         raise UserError(f"{path}: not a checkpoint of {NAME}.py")
     for name in given.keys() - {*FREE, "test_side", "max_side"}:
@@ -184,7 +189,7 @@ def remembered(args, given):
 
 def check_args(args, given):
     """One clear line for values out of range, for what is missing, and for flags that would have no effect."""
-    common.check_range(
+    harness.legacy.check_range(
         args, freeze_at=(0, 5), iterations=(1, None), batch_size=(1, None), lr=(0, None), weight_decay=(0, None),
         test_side=(32, None), max_side=(32, None), precise_bn=(0, None), seed=(0, None), trials=(1, None), steps=(0, None),
         workers=(0, None), print_freq=(1, None), save_every=(1, None),
@@ -278,7 +283,9 @@ class CocoData:
         for key, image in images.items():
             if key not in missing and not (image["width"] and image["height"]):
                 try:
-                    image["width"], image["height"] = common.read_image(os.path.join(folder, image["file_name"])).size
+                    image["width"], image["height"] = harness.images.read_image(
+                        os.path.join(folder, image["file_name"])
+                    ).size
                 except OSError:
                     missing.append(key)
         if len(missing) > max(1, len(images) // 100) or len(missing) == len(images):
@@ -318,7 +325,7 @@ class CocoData:
     def read(self, index):
         """The image, RGB. Errors: OSError, unreadable or of another size than its annotations say."""
         image, path = self.images[index], os.path.join(self.folder, self.images[index]["file_name"])
-        pixels = common.read_image(path)
+        pixels = harness.images.read_image(path)
         if pixels.size[::-1] == (image["width"], image["height"]):  # annotated without regard to its EXIF rotation
             with Image.open(path) as stored:
                 pixels = stored.convert("RGB")
@@ -469,7 +476,7 @@ class CityscapesData(CocoData):
             what = self.truth(missing[0]) if missing else base
             raise UserError(f"{what}: not there; --data must be {HELP['cityscapes']}")
         self.digest = hashlib.sha256(repr([image["file_name"] for image in self.images]).encode()).hexdigest()
-        with ThreadPoolExecutor(common.usable_cores()) as pool:
+        with ThreadPoolExecutor(harness.legacy.usable_cores()) as pool:
             self.has_objects = list(pool.map(lambda index: max(self.instances(index)[1]) >= 24000, range(len(self))))
 
     def truth(self, index):
@@ -514,7 +521,7 @@ class SceneData(CocoData):
     """Built-in scenes number `first` to `first + count - 1`, with boxes, masks and landmarks."""
 
     def __init__(self, first, count, side, seed):
-        from tools.scenes import CLASSES, LANDMARKS
+        from harness.scenes import CLASSES, LANDMARKS
 
         self.first, self.side, self.seed, self.title, self.keypoints = first, side, seed, "scenes", list(LANDMARKS)
         self.categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]
@@ -524,7 +531,7 @@ class SceneData(CocoData):
         self.digest = hashlib.sha256(repr((first, count, side, seed)).encode()).hexdigest()
 
     def scene(self, index):
-        from tools.scenes import make_scene
+        from harness.scenes import make_scene
 
         return make_scene(self.seed, self.first + index, self.side)
 
@@ -563,7 +570,7 @@ def open_data(args, split, categories=None):
         data = args.data or "scenes"
         if data.partition(":")[0] != "scenes":
             raise UserError(f"--data {data}: --task scenes wants 'scenes' or 'scenes:COUNT'")
-        count = 512 if data == "scenes" else len(common.open_images(data, SCENE, 0))
+        count = 512 if data == "scenes" else len(harness.images.open_images(data, SCENE, 0))
         return SceneData(0, count, SCENE, 0) if training else SceneData(count, max(count // 4, 8), SCENE, 0)
     if args.task == "custom":
         if training:
@@ -712,7 +719,7 @@ class TrainingImages(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        for passed in range(common.TRIES):
+        for passed in range(harness.images.TRIES):
             place = int(self.usable[(index + passed) % len(self)])
             try:
                 image = self.data.read(place)
@@ -1066,7 +1073,7 @@ def build_detector(args, classes, outputs, keypoints):
     norm = nn.BatchNorm2d
     trunk, lines = common.ResNetTrunk(args.arch), [f"backbone: {args.arch} at random"]
     if args.weights != "random":
-        state, line = common.load_backbone(args.weights, args.arch)
+        state, line = harness.weights.load_backbone(args.weights, args.arch)
         trunk.load_state_dict(state)
         lines = [line]
     # DEVIATION: F1. Nothing is frozen by default; released COCO files froze C2. AMBIGUOUS: F7. --freeze-backbone: C1 to C4.
@@ -1124,18 +1131,19 @@ def build_detector(args, classes, outputs, keypoints):
 def load_fpn(fpn, source):
     """Copy a pre-trained pyramid into a detector's, and say what had no place: biases, where norms follow.
 
-    Understood are `fpn.pth` of resim.py (torchvision's names), released ReSim-FPN checkpoints (fpn_lateral3 to 5,
-    fpn_output3 and 4, with or without norms) and SoCo's (neck.lateral_convs, neck.fpn_convs with their norms).
+    Understood are `fpn.pth` and `checkpoint.pth` of resim.py (torchvision's names), released ReSim-FPN checkpoints
+    (fpn_lateral3 to 5, fpn_output3 and 4, with or without norms) and SoCo's (neck.lateral_convs, neck.fpn_convs with
+    their norms).
 
     Errors:
         UserError: no pyramid in the file, laterals of C3 to C5 missing, another width, not finite.
     """
-    found = common.load_checkpoint_file(source)
+    found = harness.weights.load_checkpoint_file(source)
     for container in ("state_dict", "model", "model_ema"):
         found = found.get(container, found) if isinstance(found, dict) else {}
     theirs = {}
     for name, tensor in found.items():
-        if "encoder_k" in name or not isinstance(tensor, torch.Tensor):
+        if "encoder_k" in name or name.startswith("key.") or not isinstance(tensor, torch.Tensor):
             continue
         ours = re.search(r"(inner_blocks|layer_blocks)\.\d\.[01]\.\w+$", name)
         resim = re.search(r"fpn_(lateral|output)(\d)\.(?:([01])\.)?(\w+)$", name)
@@ -1291,10 +1299,10 @@ def detect_all(model, data, args, world):
             dist.broadcast(buffer, 0)
     images = TestImages(data, range(world.rank, len(data), world.size), args.test_side, args.max_side)
     loader = torch.utils.data.DataLoader(
-        images, batch_size=None, num_workers=args.workers, worker_init_fn=common.detach_worker
+        images, batch_size=None, num_workers=args.workers, worker_init_fn=harness.images.detach_worker
     )
     found = {}
-    for index, image, size in common.progress(loader, len(images)) if world.rank == 0 else loader:
+    for index, image, size in harness.pictures.progress(loader, len(images)) if world.rank == 0 else loader:
         found[index] = [] if image is None else detect(model, image.to(world.device), size)
         if image is None:
             print(
@@ -1666,12 +1674,12 @@ def draw_predictions(data, found, path, count=6):
 
 def predict(args, model, categories, world):
     """Draw detections on every image below --predict; `results.json` has them in COCO's format, `images.json` the ids."""
-    names = common.list_images(args.predict, "--predict")
+    names = harness.images.list_images(args.predict, "--predict")
     folder = os.path.join(args.output_dir, "predictions")
     images, all_found = [], {}
-    for name in common.progress(names, len(names)):
+    for name in harness.pictures.progress(names, len(names)):
         try:
-            image = common.read_image(os.path.join(args.predict, name))
+            image = harness.images.read_image(os.path.join(args.predict, name))
         except OSError as error:
             print0(f"unreadable, passed over: {name} ({error})")
             continue
@@ -1853,26 +1861,26 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
     stop_signal.listen()
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     settings |= {"seed": seed, "files": train.fingerprint(), "val_files": val.fingerprint(), "processes": world.size}
-    checkpoints = common.Checkpoints(folder, NAME, settings)
+    checkpoints = harness.legacy.Checkpoints(folder, NAME, settings)
     state = checkpoints.load(args.resume)
-    common.require_agreement(
+    harness.legacy.require_agreement(
         (settings["files"], state and state["step"]),
         "the processes see different images or checkpoints: data and --output-dir must be the same on all machines",
     )
     model, lines = new_detector(args, seed, len(train.categories), outputs, len(keypoints), world, state)
     optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), schedule["lr"], momentum=MOMENTUM)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
-    step, bad, precise = 0, common.BadImages(images), False
+    step, bad, precise = 0, harness.images.BadImages(images), False
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        step, bad, precise = state["step"], common.BadImages(images, state["bad_images"]), state["precise"]
-        for line in common.read_log(os.path.join(folder, "log.jsonl")):
+        step, bad, precise = state["step"], harness.images.BadImages(images, state["bad_images"]), state["precise"]
+        for line in harness.pictures.read_log(os.path.join(folder, "log.jsonl")):
             if "result" in line and step >= last:
                 print0(f"{folder}: finished, at step {step} of {last}; give another --output-dir for a new run")
                 return line["result"]
         print0(f"continued from step {step}")
-    network = common.wrap_distributed(model, world)
+    network = harness.legacy.wrap_distributed(model, world)
     share = args.batch_size // world.size
 
     # start ------------------------------------------------------------------------------------------------------------
@@ -1883,8 +1891,8 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
         f"batch {args.batch_size} = {world.size} x {share} on {world.device.type}; lr {schedule['lr']:g}, "
         f"{total} iterations, drops at {schedule['drops']}, warm-up {schedule['warmup']}; amp {args.amp}"
     )
-    header = {"command": common.command(), "versions": common.versions(), "settings": settings}
-    log = common.RunLog(folder, header, step, last, world.rank == 0)
+    header = {"command": harness.run.command(), "versions": harness.run.versions(), "settings": settings}
+    log = harness.legacy.RunLog(folder, header, step, last, world.rank == 0)
     model.train()
 
     def batches(start, stop):
@@ -1893,7 +1901,7 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
             batch_sampler=GroupedBatches(images.wide(), share, world, seed, start, stop),
             collate_fn=collate,
             num_workers=args.workers,
-            worker_init_fn=common.detach_worker,
+            worker_init_fn=harness.images.detach_worker,
             pin_memory=world.device.type == "cuda",
         )
 
@@ -1916,7 +1924,7 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
             )  # fmt: skip
 
     # steps ------------------------------------------------------------------------------------------------------------
-    meter, stop = common.Meter(args.batch_size), 0
+    meter, stop = harness.legacy.Meter(args.batch_size), 0
     for pixels, targets, index, passed in meter.timed(batches(step, last)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, schedule["lr"], schedule["warmup"], schedule["drops"])
@@ -1929,7 +1937,7 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
 
         meter.add(values)
         bad.note(index, passed)
-        stop, unreadable = common.agree(stop_signal.arrived, len(bad.new))
+        stop, unreadable = harness.run.agree(stop_signal.arrived, len(bad.new))
         if unreadable:
             bad.share()
         ending = stop > 0 or step == last
@@ -1954,7 +1962,7 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
     if args.precise_bn and not precise:
         loader = batches(total, total + args.precise_bn)
         print0(f"precise batch norm over {args.precise_bn} batches")
-        told = common.progress(loader, args.precise_bn, what="batches") if world.rank == 0 else loader
+        told = harness.pictures.progress(loader, args.precise_bn, what="batches") if world.rank == 0 else loader
         numbered = enumerate(told, total)
         precise_bn(model, ((number, *batch[:2]) for number, batch in numbered), lambda *a: forward(model, *a))
         precise = True
@@ -1964,7 +1972,7 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
     log.write({"step": step, "result": result})
     log.close()
     if world.rank == 0:
-        common.draw_curves(folder, CURVES)
+        harness.legacy.draw_curves(folder, CURVES)
         print0(f"{folder}: {', '.join(sorted(os.listdir(folder)))}")
     return result
 
@@ -2040,12 +2048,12 @@ def main(argv=None):
     if args.steps == 0:
         print_protocol(args)
         return
-    world = common.start_processes()
+    world = harness.legacy.start_processes()
     torch.backends.cudnn.benchmark = False  # nearly every batch has a size of its own
-    if args.demo and "amp" not in args.given and common.bf16_is_fast(world.device):
+    if args.demo and "amp" not in args.given and harness.run.bf16_is_fast():
         args.amp = "bf16"
     if args.eval_only or args.predict:
-        state = common.load_checkpoint_file(args.resume or os.path.join(args.output_dir, "checkpoint.pth"))
+        state = harness.weights.load_checkpoint_file(args.resume or os.path.join(args.output_dir, "checkpoint.pth"))
         outputs, keypoints, categories = state["outputs"], state["keypoints"], state["categories"]
         if args.predict and world.size > 1:
             raise UserError("--predict is a job for one process: start it without torchrun")
@@ -2064,7 +2072,7 @@ def main(argv=None):
     if args.batch_size % world.size:
         raise UserError(f"--batch-size {args.batch_size}: must be divisible by the {world.size} processes")
     train = open_data(args, "train")
-    data, results, stop_signal = (train, open_data(args, "val", train.categories)), [], common.StopSignal()
+    data, results, stop_signal = (train, open_data(args, "val", train.categories)), [], harness.legacy.StopSignal()
     for seed in range(args.seed, args.seed + args.trials):  # AMBIGUOUS: F15. nobody published seeds
         folder = args.output_dir if args.trials == 1 else os.path.join(args.output_dir, f"seed{seed}")
         result = fine_tune(args, seed, folder, data, world, stop_signal)
@@ -2089,4 +2097,4 @@ def spread(results):
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    harness.run.main(main)

@@ -19,7 +19,7 @@ is frozen and one 1x1 convolution on its normalised features is trained: the che
     python transfer_seg.py --predict photos --output-dir runs/transfer_seg               colour a folder of images
     python transfer_seg.py --task cityscapes --crop 512x1024 --steps 0                   print the protocol as built
 
-The last iterate is evaluated, nothing is picked. What was measured, and what was not run, stands in README.md; tags name
+The last iterate is evaluated, nothing is picked. What was measured, and what was not run, stands in docs/transfer.md; tags name
 rows of its table of decisions.
 """
 
@@ -40,6 +40,11 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import nn
 
 import common
+import harness.images
+import harness.legacy
+import harness.pictures
+import harness.run
+import harness.weights
 from common import UserError, print0
 
 # ======================================================================================================================
@@ -111,12 +116,12 @@ def get_args(argv=None):
     flag("--eval-only", action="store_true", help="evaluate the segmenter in --output-dir, do not train")
     flag("--predict", default=None, metavar="DIR", help="segment a folder of images with what is in --output-dir: masks and pictures")
     flag("--steps", default=None, type=int, help="stop after so many steps in all, schedule unchanged; 0: print the protocol as built")
-    flag("--workers", default=min(4, common.usable_cores()), type=int, help="loader processes for each training process; no influence on results")
+    flag("--workers", default=min(4, harness.legacy.usable_cores()), type=int, help="loader processes for each training process; no influence on results")
     flag("--print-freq", default=20, type=int, help="steps between log lines")
     flag("--save-every", default=1000, type=int, help="steps between checkpoints")
     flag("--resume", default=None, metavar="FILE", help="continue from this checkpoint; default OUTPUT_DIR/checkpoint.pth if it is there")
     # fmt: on
-    args, given = parser.parse_args(argv), common.given_flags(parser, argv)
+    args, given = parser.parse_args(argv), harness.legacy.given_flags(parser, argv)
     if args.eval_only and args.predict:
         raise UserError("--eval-only and --predict are two jobs: give one of them")
     if args.eval_only or args.predict:
@@ -149,7 +154,7 @@ def remembered(args, given):
         raise UserError(
             f"{path}: no such file; --eval-only and --predict want the --output-dir of a run (seed0, ... of trials)"
         )
-    found = common.load_checkpoint_file(path)
+    found = harness.weights.load_checkpoint_file(path)
     if not isinstance(found, dict) or found.get("script") != NAME:
         raise UserError(f"{path}: not a checkpoint of {NAME}.py")
     for name in given.keys() - {*FREE, "test", "resize"}:
@@ -162,7 +167,7 @@ def remembered(args, given):
 
 def check_args(args, given):
     """One clear line for values out of range, for what is missing, and for flags that would have no effect."""
-    common.check_range(
+    harness.legacy.check_range(
         args, iterations=(1, None), batch_size=(1, None), lr=(0, None), weight_decay=(0, None), seed=(0, None),
         trials=(1, None), steps=(0, None), workers=(0, None), print_freq=(1, None), save_every=(1, None),
     )  # fmt: skip
@@ -249,7 +254,7 @@ class MaskData:
     def read(self, index):
         """(image, PIL RGB; labels, uint8 (H, W)). Errors: OSError, one unreadable, sizes differ, or a strange value."""
         image_file, mask_file, table = self.pairs[index]
-        image = common.read_image(os.path.join(self.root, image_file))
+        image = harness.images.read_image(os.path.join(self.root, image_file))
         mask = read_mask(os.path.join(self.root, mask_file))
         if mask.shape[::-1] != image.size:
             raise OSError(f"{image_file} has {image.size} pixels, {mask_file} {mask.shape[::-1]}")
@@ -406,7 +411,7 @@ def read_ade20k(root, split):
     pairs = [
         (f"images/{split}/{name}", f"annotations/{split}/{os.path.splitext(name)[0]}.png", table)
         for name in names
-        if os.path.splitext(name)[1].lower() in common.EXTENSIONS
+        if os.path.splitext(name)[1].lower() in harness.images.EXTENSIONS
     ]
     return MaskData(base, pairs, ADE20K_CLASSES, palette_of(ADE20K_COLOURS), f"ADE20K {split}", HELP["ade20k"])
 
@@ -436,7 +441,7 @@ def read_custom(args, split, classes):
     names, numbers = classes or args.classes, [value for value in range(255) if value not in args.ignore]
     if not all(parts.values()):
         raise UserError(f"--images {args.images}: a single image; give more, or --val-images and --val-masks")
-    with ThreadPoolExecutor(common.usable_cores()) as pool:
+    with ThreadPoolExecutor(harness.legacy.usable_cores()) as pool:
         pairs = sum(parts.values(), []) if names is None else parts[split]
         values = set().union(*pool.map(values_of, pairs))
     wrong = sorted(value for value in values if isinstance(value, str))
@@ -462,11 +467,11 @@ def read_custom(args, split, classes):
 
 def matching(images, masks):
     """Every PNG below `masks` with the image of the same name (and subfolder): list of (image file, mask file)."""
-    names = [name for name in common.list_images(masks, "--masks") if name.lower().endswith(".png")]
+    names = [name for name in harness.images.list_images(masks, "--masks") if name.lower().endswith(".png")]
     same = os.path.realpath(images) == os.path.realpath(masks)
     there = {
         os.path.splitext(name)[0]: name
-        for name in common.list_images(images, "--images")
+        for name in harness.images.list_images(images, "--images")
         if not (same and name.lower().endswith(".png"))
     }
     alone = [name for name in names if os.path.splitext(name)[0] not in there]
@@ -503,7 +508,7 @@ class SceneData(MaskData):
     """Built-in scenes number `first` to `first + count - 1`; class 0 is the background."""
 
     def __init__(self, first, count, side, seed):
-        from tools.scenes import CLASSES
+        from harness.scenes import CLASSES
 
         self.first, self.count, self.side, self.seed, self.title = first, count, side, seed, "scenes"
         self.classes, self.palette = ["background", *CLASSES], palette_of(["#000000", *COLOURS])
@@ -515,7 +520,7 @@ class SceneData(MaskData):
         return f"scene {self.first + index}"
 
     def read(self, index):
-        from tools.scenes import make_scene
+        from harness.scenes import make_scene
 
         scene = make_scene(self.seed, self.first + index, self.side)
         return Image.fromarray(scene["image"]), scene["semantic"]
@@ -535,7 +540,7 @@ def open_data(args, split, classes=None):
         data = args.data or "scenes"
         if data.partition(":")[0] != "scenes":
             raise UserError(f"--data {data}: --task scenes wants 'scenes' or 'scenes:COUNT'")
-        count = 512 if data == "scenes" else len(common.open_images(data, SCENE, 0))
+        count = 512 if data == "scenes" else len(harness.images.open_images(data, SCENE, 0))
         return SceneData(0, count, SCENE, 0) if training else SceneData(count, max(count // 4, 8), SCENE, 0)
     if args.task == "custom":
         return read_custom(args, split, classes)
@@ -663,7 +668,7 @@ class TrainingImages(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        for passed in range(common.TRIES):
+        for passed in range(harness.images.TRIES):
             try:
                 image, labels = self.data.read((index + passed) % len(self))
                 break
@@ -818,7 +823,7 @@ def build_segmenter(args, classes):
     model = Segmenter(args.arch, classes, args.align_corners, args.linear_probe)
     if args.weights == "random":
         return model, []
-    state, line = common.load_backbone(args.weights, args.arch)
+    state, line = harness.weights.load_backbone(args.weights, args.arch)
     model.backbone.load_state_dict(state)
     return model, [line]
 
@@ -916,10 +921,10 @@ def segment_all(model, data, args, world, count=6):
             dist.broadcast(buffer, 0)
     images = TestImages(data, range(world.rank, len(data), world.size), args.resize)
     loader = torch.utils.data.DataLoader(
-        images, batch_size=None, num_workers=args.workers, worker_init_fn=common.detach_worker
+        images, batch_size=None, num_workers=args.workers, worker_init_fn=harness.images.detach_worker
     )
     total, found, skipped = np.zeros((len(data.classes),) * 2, np.int64), {}, 0
-    for index, image, labels in common.progress(loader, len(images)) if world.rank == 0 else loader:
+    for index, image, labels in harness.pictures.progress(loader, len(images)) if world.rank == 0 else loader:
         if image is None:
             print(f"cannot be read, not counted: {data.name(index)} ({labels})", flush=True)
             skipped += 1
@@ -929,7 +934,7 @@ def segment_all(model, data, args, world, count=6):
         total += confusion(predicted, labels, len(data.classes))
         if index < count:
             found[index] = predicted
-    (skipped,) = common.agree(skipped)
+    (skipped,) = harness.run.agree(skipped)
     if skipped > max(1, len(data) // 100):
         raise UserError(
             f"{skipped} of {len(data)} images to evaluate on cannot be read (more than 1 %): mend or remove them"
@@ -1041,11 +1046,11 @@ def draw_predictions(data, found, path):
 def predict(args, model, classes, palette, world):
     """Segment every image below --predict: `masks/` with class numbers in the data set's colours, `pictures/` to look at,
     `classes.json` with the names."""
-    names = common.list_images(args.predict, "--predict")
+    names = harness.images.list_images(args.predict, "--predict")
     folder, count = os.path.join(args.output_dir, "predictions"), 0
-    for name in common.progress(names, len(names)):
+    for name in harness.pictures.progress(names, len(names)):
         try:
-            image = common.read_image(os.path.join(args.predict, name))
+            image = harness.images.read_image(os.path.join(args.predict, name))
         except OSError as error:
             print0(f"unreadable, passed over: {name} ({error})")
             continue
@@ -1182,26 +1187,26 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
     # model, optimiser, resume -----------------------------------------------------------------------------------------
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     settings |= {"seed": seed, "files": train.fingerprint(), "val_files": val.fingerprint(), "processes": world.size}
-    checkpoints = common.Checkpoints(folder, NAME, settings)
+    checkpoints = harness.legacy.Checkpoints(folder, NAME, settings)
     state = checkpoints.load(args.resume)
-    common.require_agreement(
+    harness.legacy.require_agreement(
         (settings["files"], state and state["step"]),
         "the processes see different images or checkpoints: data and --output-dir must be the same on all machines",
     )
     model, lines = new_segmenter(args, seed, len(train.classes), world, state)
     optimizer = new_optimizer(model, schedule["lr"], args.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
-    step, bad = 0, common.BadImages(images)
+    step, bad = 0, harness.images.BadImages(images)
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        step, bad = state["step"], common.BadImages(images, state["bad_images"])
-        for line in common.read_log(os.path.join(folder, "log.jsonl")):
+        step, bad = state["step"], harness.images.BadImages(images, state["bad_images"])
+        for line in harness.pictures.read_log(os.path.join(folder, "log.jsonl")):
             if "result" in line and step >= last:
                 print0(f"{folder}: finished, at step {step} of {last}; give another --output-dir for a new run")
                 return line["result"]
         print0(f"continued from step {step}")
-    network = common.wrap_distributed(model, world)
+    network = harness.legacy.wrap_distributed(model, world)
     share = args.batch_size // world.size
 
     # start ------------------------------------------------------------------------------------------------------------
@@ -1212,14 +1217,14 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
         f"batch {args.batch_size} = {world.size} x {share} on {world.device.type}; lr {schedule['lr']:g} to "
         f"{schedule['floor']:g}, {total} iterations; amp {args.amp}"
     )
-    header = {"command": common.command(), "versions": common.versions(), "settings": settings}
-    log = common.RunLog(folder, header, step, last, world.rank == 0)
+    header = {"command": harness.run.command(), "versions": harness.run.versions(), "settings": settings}
+    log = harness.legacy.RunLog(folder, header, step, last, world.rank == 0)
     model.train()
     loader = torch.utils.data.DataLoader(
         images,
-        batch_sampler=common.Batches(len(images), args.batch_size, world, seed, step, last),
+        batch_sampler=harness.legacy.Batches(len(images), args.batch_size, world, seed, step, last),
         num_workers=args.workers,
-        worker_init_fn=common.detach_worker,
+        worker_init_fn=harness.images.detach_worker,
         pin_memory=world.device.type == "cuda",
     )
 
@@ -1242,7 +1247,7 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
             )  # fmt: skip
 
     # steps ------------------------------------------------------------------------------------------------------------
-    meter, stop = common.Meter(args.batch_size), 0
+    meter, stop = harness.legacy.Meter(args.batch_size), 0
     for pixels, labels, index, passed in meter.timed(loader):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, schedule["lr"], schedule["floor"], total)
@@ -1255,7 +1260,7 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
 
         meter.add(values)
         bad.note(index, passed)
-        stop, unreadable = common.agree(stop_signal.arrived, len(bad.new))
+        stop, unreadable = harness.run.agree(stop_signal.arrived, len(bad.new))
         if unreadable:
             bad.share()
         ending = stop > 0 or step == last
@@ -1282,7 +1287,7 @@ def fine_tune(args, seed, folder, data, world, stop_signal):
     log.write({"step": step, "result": result})
     log.close()
     if world.rank == 0:
-        common.draw_curves(folder, CURVES)
+        harness.legacy.draw_curves(folder, CURVES)
         print0(f"{folder}: {', '.join(sorted(os.listdir(folder)))}")
     return result
 
@@ -1346,11 +1351,11 @@ def main(argv=None):
     if args.steps == 0:
         print_protocol(args)
         return
-    world = common.start_processes()
-    if args.demo and "amp" not in args.given and common.bf16_is_fast(world.device):
+    world = harness.legacy.start_processes()
+    if args.demo and "amp" not in args.given and harness.run.bf16_is_fast():
         args.amp = "bf16"
     if args.eval_only or args.predict:
-        state = common.load_checkpoint_file(args.resume or os.path.join(args.output_dir, "checkpoint.pth"))
+        state = harness.weights.load_checkpoint_file(args.resume or os.path.join(args.output_dir, "checkpoint.pth"))
         classes, palette = state["classes"], state["palette"].numpy()
         if args.predict and world.size > 1:
             raise UserError("--predict is a job for one process: start it without torchrun")
@@ -1371,7 +1376,7 @@ def main(argv=None):
     if args.batch_size % world.size:
         raise UserError(f"--batch-size {args.batch_size}: must be divisible by the {world.size} processes")
     train = open_data(args, "train")
-    data, results, stop_signal = (train, open_data(args, "val", train.classes)), [], common.StopSignal()
+    data, results, stop_signal = (train, open_data(args, "val", train.classes)), [], harness.legacy.StopSignal()
     for seed in range(args.seed, args.seed + args.trials):  # AMBIGUOUS: G13. SetSim does not say; DenseCL: 5 for VOC
         folder = args.output_dir if args.trials == 1 else os.path.join(args.output_dir, f"seed{seed}")
         result = fine_tune(args, seed, folder, data, world, stop_signal)
@@ -1395,4 +1400,4 @@ def spread(results):
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    harness.run.main(main)

@@ -16,8 +16,8 @@ import torch
 from pycocotools.coco import COCO
 from torchvision.ops import box_iou
 
-import common
-from tools.proposals import LARGEST, SMALLEST, STRATEGIES, keep, search
+import harness.images
+from harness.proposals import LARGEST, SMALLEST, STRATEGIES, keep, search
 
 
 def main():
@@ -32,7 +32,7 @@ def main():
     overlaps, medium, counts, seconds = [], [], [], 0.0
     for entry in coco.loadImgs(coco.getImgIds()):
         objects = [a["bbox"] for a in coco.loadAnns(coco.getAnnIds(entry["id"], iscrowd=False))]
-        image = common.read_image(os.path.join(args.images, entry["file_name"]))
+        image = harness.images.read_image(os.path.join(args.images, entry["file_name"]))
         started = time.process_time()
         boxes = search(image, args.strategy)
         kept, _ = keep(boxes, *image.size)

@@ -81,12 +81,12 @@ def set_loss(repeat):
 
 VARIANTS = {  # name: script, flags; each against the first
     "setsim": {
-        "MoCo-v2": (setsim, "--matcher none"),
+        "MoCo-v2": (setsim, "--loss-weight 0"),
         "SetSim": (setsim, ""),
         "SetSim + Geo": (setsim, "--geometry 0.5"),
     },
     "resim": {
-        "MoCo-v2": (setsim, "--matcher none"),
+        "MoCo-v2": (setsim, "--loss-weight 0"),
         "ReSim-C4": (resim, "--levels c4"),
         "ReSim-FPN": (resim, ""),
         "official FPN": (resim, "--preset official"),
@@ -108,20 +108,22 @@ def crops(batch, size):
 def multiply_adds(encoder, size):
     """Of one view's forward pass, counted by PyTorch on a copy without storage."""
     with FlopCounterMode(display=False) as counter:
-        encoder.to("meta")(torch.zeros(2, 3, size, size, dtype=torch.uint8, device="meta"))
+        encoder.to("meta").encode(torch.zeros(2, 3, size, size, dtype=torch.uint8, device="meta"))
     return counter.get_total_flops() / 4
 
 
 def iteration(repeat, arch, size, batch, variants):
     """Forward, backward and step of each variant in turn, on random views."""
-    world, steps, shares = common.World(0, 1, 0, torch.device("cpu")), {}, {}
+    steps, shares = {}, {}
     rng = torch.Generator().manual_seed(0)
     views = torch.randint(0, 256, (2, batch, 3, size, size), generator=rng, dtype=torch.uint8)
     places = crops(batch, size)
     for name, (script, flags) in variants.items():
-        args = script.get_args(f"--data x --arch {arch} --size {size} --batch-size {batch} {flags}".split())
-        shares[name] = multiply_adds(script.build(args, world).query, size)
-        method = script.build(args, world)
+        args = script.get_args(
+            f"--data x --arch {arch} --size {size} --batch-size {batch} {flags}".split()
+        )
+        shares[name] = multiply_adds(script.build(args, torch.device("cpu")).query, size)
+        method = script.build(args, torch.device("cpu"))
         optimizer = torch.optim.SGD(method.query.parameters(), 0.01, momentum=0.9)
 
         def step(method=method, optimizer=optimizer):
@@ -151,7 +153,7 @@ def prroi(repeat):
     """32 images, all windows of each level's views at their places in the key views; 128 channels, as in training."""
     for name, side, stride, window, step in (("C4, P4", 14, 16, 48, 32), ("P3", 28, 8, 32, 24)):
         feature = torch.randn(32, 128, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
-        boxes = list(resim.region_pairs(*crops(32, 224), 224, window, step).boxes_k)
+        boxes = resim.region_pairs(*crops(32, 224), 224, window, step).boxes_k
 
         def run(pool, feature=feature, boxes=boxes, stride=stride):
             started = time.perf_counter()
@@ -162,7 +164,7 @@ def prroi(repeat):
 
         pools = {
             "prroi_pool": lambda f, b, s: resim.prroi_pool(f, b, 1, 1 / s),
-            "roi_align": lambda f, b, s: roi_align(f, b, 1, 1 / s, aligned=True),
+            "roi_align": lambda f, b, s: roi_align(f, list(b), 1, 1 / s, aligned=True),
         }
         rounds = {which: [] for which in pools}
         for _ in range(repeat + 1):
@@ -184,17 +186,18 @@ def regions(repeat, arch, size, batch):
     corner = torch.rand(batch, 20, 2, generator=rng) * size / 2
     proposals = torch.cat([corner, corner + size / 8 + torch.rand(batch, 20, 2, generator=rng) * size / 4], 2)
     items = [(Image.new("RGB", (size, size)), boxes) for boxes in proposals]
-    args = d3ssl.get_args(f"--data x --proposals x --arch {arch} --size {size} --batch-size {batch}".split())
-    method = d3ssl.build(args, common.World(0, 1, 0, torch.device("cpu")), 1)
+    args = d3ssl.get_args(
+        f"--data x --proposals x --arch {arch} --size {size} --batch-size {batch}".split()
+    )
+    method = d3ssl.build(args, torch.device("cpu"))
     optimizer = torch.optim.SGD(method.query.parameters(), 0.01, momentum=0.9)
     views = torch.randint(0, 256, (2, batch, 3, size, size), generator=rng, dtype=torch.uint8)
-    d3ssl.distorted_view = lambda image, crop, size: (
-        views[0, 0],
-        False,
-    )  # any method draws its views; the rest is timed
+    d3ssl.distorted_view = lambda image, crop, size: (views[0, 0], False)  # any method distorts its views
 
     def augment():
-        return d3ssl.draw_batch(d3ssl.region_views(None, args), items, "cpu", "bench")
+        with common.drawing("bench"):
+            drawn = [d3ssl.draw_views(item, size, args.augment) for item in items]
+        return d3ssl.Drawn(*(torch.stack(field) for field in zip(*drawn, strict=True)))
 
     def step():
         loss, _ = method(method.query, drawn, 0)

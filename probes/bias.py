@@ -33,6 +33,10 @@ from torchvision import ops
 from torchvision.transforms import functional as TF
 
 import common
+import harness.images
+import harness.legacy
+import harness.pictures
+import harness.run
 from common import UserError
 from probes.frozen import (
     HELD_OUT,
@@ -75,7 +79,7 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.pair_size % 16:
         raise UserError(f"--pair-size {args.pair_size}: must be a multiple of 16, so that the canvas is one of 32")
-    common.check_range(args, count=(1, None), pair_size=(32, None), grid_size=(32, None), seed=(0, None))
+    harness.legacy.check_range(args, count=(1, None), pair_size=(32, None), grid_size=(32, None), seed=(0, None))
     if args.grid_size % 32:
         raise UserError(
             f"--grid-size {args.grid_size}: must be a multiple of 32, or cells of C5 would lie across objects"
@@ -167,7 +171,7 @@ class Canvases:
 
     def __init__(self, objects, pair_side, grid_side, cut, seed):
         self.objects, self.sides, self.cut, self.seed = objects, (pair_side, grid_side), cut, seed
-        self.bad = common.BadImages(objects)
+        self.bad = harness.images.BadImages(objects)
 
     def __getitem__(self, i):
         """(A beside B, A alone (3, 2s, 2s), A in all places of a grid (3, 3g, 3g)), uint8.
@@ -299,7 +303,7 @@ def statistics(values):
 
 def draw_plots(path, results):
     """PAPER: Figures 3b and 4b, side by side: CR and MCS by stage, a line for each backbone, two standard errors as bars."""
-    figure, axes = common.pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = harness.pictures.pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, kind, title in zip(axes, KINDS, ("coupling rate", "mean cosine similarity"), strict=True):
         for name, result in results.items():
             values = [(result[kind][stage]["mean"], result[kind][stage]["error"]) for stage in STAGES]
@@ -308,13 +312,13 @@ def draw_plots(path, results):
         axis.axhline(1, color="k", ls="--", lw=0.8)
         axis.set(title=title, xlabel="stage (bars: two standard errors)")
         axis.legend(fontsize=8)
-    common.save_figure(figure, path, dpi=120)
+    harness.pictures.save_figure(figure, path, dpi=120)
 
 
 def draw_canvases(path, rows):
     """PAPER: Figures 3a and 4a. Args: {title: (n, 3, side, side) uint8}, a row of pictures each."""
     count = max(map(len, rows.values()))
-    figure, axes = common.pyplot().subplots(
+    figure, axes = harness.pictures.pyplot().subplots(
         len(rows), count, figsize=(2 * count, 2.25 * len(rows)), layout="constrained", squeeze=False
     )
     for line, (title, canvases) in zip(axes, rows.items(), strict=True):
@@ -323,7 +327,7 @@ def draw_canvases(path, rows):
         for axis, canvas in zip(line, canvases, strict=False):
             axis.imshow(canvas.permute(1, 2, 0).numpy())
         line[0].set_title(title, loc="left", fontsize=10)
-    common.save_figure(figure, path, dpi=100)
+    harness.pictures.save_figure(figure, path, dpi=100)
 
 
 # ======================================================================================================================
@@ -335,7 +339,7 @@ def main(argv=None):
     args = get_args(argv)
     device = one_process()
     require_own_folder(args.output_dir, vars(args))
-    common.pyplot()  # to miss it now and not after the work
+    harness.pictures.pyplot()  # to miss it now and not after the work
     count = scene_count(args.data)
     objects = SceneObjects(HELD_OUT, count, SCENE, args.seed) if count else CocoObjects(args.data, args.split, True)
     if not count and len(np.unique(objects.labels)) < 2:
@@ -347,7 +351,7 @@ def main(argv=None):
     canvases = Canvases(objects, args.pair_size, args.grid_size, args.cut, args.seed)
 
     found = {name: [] for name in trunks}
-    for first in common.progress(range(0, args.count, BATCH), -(-args.count // BATCH), what="batches"):
+    for first in harness.pictures.progress(range(0, args.count, BATCH), -(-args.count // BATCH), what="batches"):
         batch = [canvases[i] for i in range(first, min(first + BATCH, args.count))]
         beside, alone, grid = map(torch.stack, zip(*batch, strict=True))
         if first == 0:
@@ -372,4 +376,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    harness.run.main(main)

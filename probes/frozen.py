@@ -13,6 +13,10 @@ import torch
 from PIL import Image
 
 import common
+import harness.images
+import harness.legacy
+import harness.run
+import harness.weights
 from common import UserError
 
 HELD_OUT = 10**6  # the number of the first scene for probes: pre-training on scenes starts at 0
@@ -20,7 +24,7 @@ HELD_OUT = 10**6  # the number of the first scene for probes: pre-training on sc
 
 def one_process():
     """The device of a probe that is not spread over processes. Errors: UserError, torchrun started several."""
-    world = common.start_processes()
+    world = harness.legacy.start_processes()
     if world.size > 1:
         raise UserError("this probe runs in one process: start it with python, without torchrun")
     return world.device
@@ -30,7 +34,7 @@ def frozen_trunk(weights, arch, seed, device):
     """The backbone to be probed, in eval mode and without gradients.
 
     Args:
-        weights: a file that `common.load_backbone` reads, "imagenet" or "random". arch: one of common.ARCHS.
+        weights: a file that `harness.weights.load_backbone` reads, "imagenet" or "random". arch: one of common.ARCHS.
         seed: of random weights.
     Returns:
         (ResNetTrunk; a copy of its state dict, on the CPU; the line that says what was taken)
@@ -41,7 +45,7 @@ def frozen_trunk(weights, arch, seed, device):
         trunk = common.ResNetTrunk(arch)
     line = f"backbone: {arch}, random, seed {seed}"
     if weights != "random":
-        state, line = common.load_backbone(weights, arch)
+        state, line = harness.weights.load_backbone(weights, arch)
         trunk.load_state_dict(state)
     state = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
     return trunk.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state, line
@@ -137,7 +141,7 @@ class CocoObjects:
         return os.fsdecode(bytes(self.files[index]))
 
     def __getitem__(self, index):
-        image = common.read_image(os.path.join(self.folder, self.name(index)))
+        image = harness.images.read_image(os.path.join(self.folder, self.name(index)))
         if image.size != tuple(self.sizes[index]):
             raise WrongSize("{} x {} pixels, annotated as {} x {}".format(*image.size, *self.sizes[index]))
         first, end = self.ends[index - 1] if index else 0, self.ends[index]
@@ -171,7 +175,7 @@ class SceneObjects:
         return f"scene {self.first + index}"
 
     def __getitem__(self, index):
-        from tools.scenes import make_scene
+        from harness.scenes import make_scene
 
         scene = make_scene(self.seed, self.first + index, self.size)
         boxes, labels, masks = torch.from_numpy(scene["boxes"]), torch.from_numpy(scene["labels"]), scene["masks"]
@@ -180,20 +184,22 @@ class SceneObjects:
 
 def scene_count(data):
     """COUNT of `--data scenes:COUNT`; None where it names a folder."""
-    return len(common.open_images(data, 0, 0)) if data.partition(":")[0] == "scenes" else None
+    return len(harness.images.open_images(data, 0, 0)) if data.partition(":")[0] == "scenes" else None
 
 
 def readable(objects, index):
     """(objects[index], 0), or the next one whose image can be read and how many were passed over on the way to it.
 
-    Where none of common.TRIES can: an image without objects.
+    Where none of harness.images.TRIES can: an image without objects.
     """
-    for passed in range(common.TRIES):
+    for passed in range(harness.images.TRIES):
         try:
             return objects[(index + passed) % len(objects)], passed
         except OSError:
             continue
-    return Annotated(Image.new("RGB", (8, 8)), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), None), common.TRIES
+    return Annotated(
+        Image.new("RGB", (8, 8)), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), None
+    ), harness.images.TRIES
 
 
 # ======================================================================================================================
@@ -208,7 +214,7 @@ def header(module, argv, settings):
         argv: as `main` was given it, None for the interpreter's.
     """
     command = shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
-    return {"command": command, "versions": common.versions(), "settings": settings}
+    return {"command": command, "versions": harness.run.versions(), "settings": settings}
 
 
 def require_own_folder(folder, settings):
@@ -217,7 +223,7 @@ def require_own_folder(folder, settings):
     Errors:
         UserError: no such folder can be made; it holds results.json of other settings or of another probe.
     """
-    common.make_output_dir(folder)
+    harness.weights.make_output_dir(folder)
     path = os.path.join(folder, "results.json")
     if not os.path.exists(path):
         return
@@ -237,4 +243,6 @@ def require_own_folder(folder, settings):
 
 def write_results(folder, results):
     """`results.json` of plain values."""
-    common.write_atomically(os.path.join(folder, "results.json"), [(json.dumps(results, indent=1) + "\n").encode()])
+    harness.weights.write_atomically(
+        os.path.join(folder, "results.json"), [(json.dumps(results, indent=1) + "\n").encode()]
+    )

@@ -32,6 +32,10 @@ from torch import nn
 from torchvision import transforms
 
 import common
+import harness.images
+import harness.legacy
+import harness.pictures
+import harness.run
 from common import UserError, print0
 from probes.frozen import frozen_trunk, header, require_own_folder, write_results
 
@@ -60,12 +64,12 @@ def get_args(argv=None):
     flag("--amp", default="none", choices=tuple(AMP), help="autocast of the frozen backbone, faster where the hardware has it; the classifier is fp32 always")
     flag("--seed", default=0, type=int, help="of crops, flips, order, fc's first weights and random backbones")
     flag("--steps", default=None, type=int, help="stop after so many steps in all, schedule unchanged")
-    flag("--workers", default=min(8, common.usable_cores()), type=int, help="loader processes for each process; no influence on results")
+    flag("--workers", default=min(8, harness.legacy.usable_cores()), type=int, help="loader processes for each process; no influence on results")
     flag("--print-freq", default=10, type=int, help="steps between log lines")
     flag("--save-every", default=None, type=int, help="steps between checkpoints besides those at the end of each epoch")
     # fmt: on
     args = parser.parse_args(argv)
-    common.check_range(
+    harness.legacy.check_range(
         args, size=(32, None), epochs=(1, None), batch_size=(1, None), lr=(0, None), seed=(0, None), steps=(0, None),
         workers=(0, None), print_freq=(1, None), save_every=(1, None),
     )  # fmt: skip
@@ -85,7 +89,7 @@ def learning_rate(preset, lr, epoch, epochs):
 # ======================================================================================================================
 
 
-class ClassFolder(common.ImageFolder):
+class ClassFolder(harness.images.ImageFolder):
     """The images below root/CLASS/, read as ImageFolder does, and the class of each.
 
     Args:
@@ -99,7 +103,7 @@ class ClassFolder(common.ImageFolder):
     def __init__(self, root, classes=None):
         if not os.path.isdir(root):
             raise UserError(f"{root}: no such folder: --data needs train/CLASS/IMAGE and val/CLASS/IMAGE")
-        paths = common.list_images(root)
+        paths = harness.images.list_images(root)
         names = [path.split(os.sep)[0] if os.sep in path else None for path in paths]
         self.root, self.paths = root, np.array([os.fsencode(path) for path in paths])
         self.classes = classes or sorted(set(names) - {None})
@@ -179,7 +183,9 @@ def evaluate(trunk, fc, loader, amp, bad, world, stop_signal):
         UserError: no image can be read.
     """
     right, count = torch.zeros(2, dtype=torch.int64), 0
-    batches = common.progress(loader, len(loader), what="batches of test images") if world.rank == 0 else loader
+    batches = (
+        harness.pictures.progress(loader, len(loader), what="batches of test images") if world.rank == 0 else loader
+    )
     for x, labels, index, passed in batches:
         with torch.no_grad():
             logits = fc(features(trunk, x.to(world.device), amp))
@@ -189,7 +195,7 @@ def evaluate(trunk, fc, loader, amp, bad, world, stop_signal):
         bad.note(index, passed)
         if stop_signal.arrived:
             break
-    stop, unreadable, count, *right = common.agree(stop_signal.arrived, len(bad.new), count, *right.tolist())
+    stop, unreadable, count, *right = harness.run.agree(stop_signal.arrived, len(bad.new), count, *right.tolist())
     if unreadable:
         bad.share()
     if stop:
@@ -229,8 +235,8 @@ def summary(results):
 
 def main(argv=None):
     args = get_args(argv)
-    world = common.start_processes()
-    stop_signal = common.StopSignal()
+    world = harness.legacy.start_processes()
+    stop_signal = harness.legacy.StopSignal()
 
     # data -------------------------------------------------------------------------------------------------------------
     images = ClassFolder(os.path.join(args.data, "train"))
@@ -250,11 +256,11 @@ def main(argv=None):
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"weights": fingerprint(loaded), "processes": world.size}
     settings |= {"files": images.fingerprint(), "test_files": tests.fingerprint()}
-    checkpoints = common.Checkpoints(args.output_dir, NAME, settings)
+    checkpoints = harness.legacy.Checkpoints(args.output_dir, NAME, settings)
     state = checkpoints.load()
     if not state:
         require_own_folder(args.output_dir, settings)
-    common.require_agreement(
+    harness.legacy.require_agreement(
         (settings["files"], settings["test_files"], settings["weights"], state and state["step"]),
         "the processes see different images, weights or checkpoints: --data, --weights and --output-dir must be the same "
         "on all machines",
@@ -273,9 +279,9 @@ def main(argv=None):
         step, results = state["step"], state["results"]
         unreadable = state["bad_images"]
         print0(f"continued from step {step}; another --output-dir begins a new run")
-    bad = common.BadImages(images, unreadable[0])
-    bad_tests = common.BadImages(tests, unreadable[1], outcome="it is left out")
-    network = common.wrap_distributed(fc, world)
+    bad = harness.images.BadImages(images, unreadable[0])
+    bad_tests = harness.images.BadImages(tests, unreadable[1], outcome="it is left out")
+    network = harness.legacy.wrap_distributed(fc, world)
 
     # start ------------------------------------------------------------------------------------------------------------
     print0(line)
@@ -285,13 +291,13 @@ def main(argv=None):
         f"{world.device.type}; lr {lr:g} = {args.lr:g} x {args.batch_size}/256, {args.preset}; amp {args.amp}"
     )
     run = header("probes.linear", argv, settings)
-    log = common.RunLog(args.output_dir, run, step, last, world.rank == 0)
+    log = harness.legacy.RunLog(args.output_dir, run, step, last, world.rank == 0)
     loading = dict(
-        num_workers=args.workers, worker_init_fn=common.detach_worker, pin_memory=world.device.type == "cuda"
+        num_workers=args.workers, worker_init_fn=harness.images.detach_worker, pin_memory=world.device.type == "cuda"
     )
     loader = torch.utils.data.DataLoader(
         Crops(images, args.size, args.seed, training=True),
-        batch_sampler=common.Batches(len(images), args.batch_size, world, args.seed, step, last),
+        batch_sampler=harness.legacy.Batches(len(images), args.batch_size, world, args.seed, step, last),
         **loading,
     )
     test_loader = torch.utils.data.DataLoader(
@@ -331,7 +337,7 @@ def main(argv=None):
         return True
 
     # steps ------------------------------------------------------------------------------------------------------------
-    meter, save_every = common.Meter(args.batch_size), args.save_every or epoch_steps
+    meter, save_every = harness.legacy.Meter(args.batch_size), args.save_every or epoch_steps
     stop = due() and not evaluated() and not end_epoch()  # killed between training and evaluating an epoch
     for x, labels, index, passed in () if stop else meter.timed(loader):
         for group in optimizer.param_groups:
@@ -347,7 +353,7 @@ def main(argv=None):
         top1, top5 = 100 * hits(logits, labels).float().mean(0)
         meter.add({"loss": loss, "train_top1": top1, "train_top5": top5})
         bad.note(index, passed)
-        stop, unreadable = common.agree(stop_signal.arrived, len(bad.new))
+        stop, unreadable = harness.run.agree(stop_signal.arrived, len(bad.new))
         if unreadable:
             bad.share()
         saving = stop or due() or step % save_every == 0
@@ -371,7 +377,7 @@ def main(argv=None):
         return
     print0(f"finished, at step {step} of {last}: {summary(results)}")
     if world.rank == 0:
-        common.draw_curves(args.output_dir, CURVES)
+        harness.legacy.draw_curves(args.output_dir, CURVES)
         print0(f"{args.output_dir}: {', '.join(sorted(os.listdir(args.output_dir)))}")
 
 
@@ -384,4 +390,4 @@ def shown(line):
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    harness.run.main(main)

@@ -34,6 +34,10 @@ from torchvision import ops
 from torchvision.transforms import functional as TF
 
 import common
+import harness.images
+import harness.legacy
+import harness.pictures
+import harness.run
 from common import UserError
 from probes.frozen import (
     HELD_OUT,
@@ -72,10 +76,10 @@ def get_args(argv=None):
     flag("--features", default="c5", choices=("c5", "c4"), help="RoIAlign on C5, or on C4 with the last stage applied to each region, as detectors with a C4 backbone do")
     flag("--disturb", default="both", choices=("both", "queries"), help="disturbed O-KNN: other surroundings in bank and queries, or in the queries alone")
     flag("--seed", default=0, type=int, help="of the N objects, the other images, the scenes and random backbones")
-    flag("--workers", default=min(8, common.usable_cores()), type=int, help="loader processes; no influence on results")
+    flag("--workers", default=min(8, harness.legacy.usable_cores()), type=int, help="loader processes; no influence on results")
     # fmt: on
     args = parser.parse_args(argv)
-    common.check_range(
+    harness.legacy.check_range(
         args, objects=(1, None), neighbours=(1, None), temperature=(1e-3, None), size=(64, None), seed=(0, None),
         workers=(0, None),
     )  # fmt: skip
@@ -129,10 +133,10 @@ class Variants(torch.utils.data.Dataset):
         if not self.disturbed:
             return x[None], boxes, labels, index, passed
         # AMBIGUOUS: D35. The "randomly sampled image" is one of the same split, cut to the size from its middle.
-        for _ in range(common.TRIES):
+        for _ in range(harness.images.TRIES):
             another = (index + 1 + torch.randint(len(self) - 1, (), generator=rng).item()) % len(self)
             other, further = readable(self.objects, another)
-            if further < common.TRIES and (another + further - index - passed) % len(self):
+            if further < harness.images.TRIES and (another + further - index - passed) % len(self):
                 break  # it is not the image itself, standing in for an unreadable one
         else:
             boxes, labels = boxes[:0], labels[:0]  # no other image can be read
@@ -175,15 +179,17 @@ def all_features(trunk, variants, where, workers, device, title):
     Errors:
         UserError: more than 1 % of the images cannot be read.
     """
-    bad = common.BadImages(variants.objects, outcome="it is left out")
+    bad = harness.images.BadImages(variants.objects, outcome="it is left out")
     loader = torch.utils.data.DataLoader(
         variants,
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=common.detach_worker,
+        worker_init_fn=harness.images.detach_worker,
         pin_memory=device.type == "cuda",
     )
-    for x, boxes, labels, index, passed in common.progress(loader, len(variants), what=f"images of the {title}"):
+    for x, boxes, labels, index, passed in harness.pictures.progress(
+        loader, len(variants), what=f"images of the {title}"
+    ):
         if passed:
             bad.note(torch.tensor([index]), torch.tensor([passed]))
             bad.share()
@@ -269,7 +275,7 @@ def open_sets(args):
     """
     count = scene_count(args.data)
     if count:
-        from tools.scenes import CLASSES
+        from harness.scenes import CLASSES
 
         starts = {HELD_OUT: count, HELD_OUT + count: -(-count // 4)}
         sets, classes = [SceneObjects(first, n, args.size, args.seed) for first, n in starts.items()], len(CLASSES) + 1
@@ -331,4 +337,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    harness.run.main(main)

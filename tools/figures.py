@@ -24,14 +24,20 @@ from PIL import Image, ImageDraw
 from torchvision.transforms import functional as TF
 
 import common
+import harness.images
+import harness.legacy
+import harness.pictures
+import harness.run
+import harness.weights
 import setsim
 from common import UserError
+from harness import look
 from probes.frozen import frozen_trunk
 
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito's, without the yellow
 STYLES = ("-", "--", ":")  # where there are more runs than colours
 NOT_DRAWN = "step epoch images_per_s data_share bad_images images cells objects".split()
-THRESHOLD = 0.7  # PAPER: SetSim's delta, for backbones that come without one
+SET = "0.7"  # PAPER: SetSim's delta, for backbones that come without one
 LONG_SIDE = 400  # pixels of a picture in a column
 MOST = 40  # images in a picture: more would make one that few programs open
 
@@ -68,7 +74,7 @@ def get_args(argv=None):
     if not args.out.lower().endswith(".png"):
         raise UserError(f"--out {args.out}: the name has to end in .png")
     limits = {"count": (1, MOST), "size": (32, None), "seed": (0, None)}
-    common.check_range(args, **{name: limit for name, limit in limits.items() if name in args})
+    harness.legacy.check_range(args, **{name: limit for name, limit in limits.items() if name in args})
     if "runs" in args:
         folders = [os.path.basename(os.path.normpath(run)) for run in args.runs]
         args.names = args.names or (folders if len(set(folders)) == len(folders) else args.runs)
@@ -103,7 +109,7 @@ def lines_with(run, name, key):
     """The JSON objects of a run's log that have `key`. Errors: UserError, as `file_of`; no text."""
     path = file_of(run, name)
     try:
-        lines = common.read_log(path)
+        lines = harness.pictures.read_log(path)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a log of these scripts") from None
     return [line for line in lines if isinstance(line, dict) and key in line]
@@ -133,8 +139,8 @@ def readable(names, read, count, source):
 
 def own_images(folder, count, source):
     """One's own images: their names, and [PIL RGB, ...]."""
-    names = common.list_images(folder, source)
-    return readable(names, lambda i: common.read_image(os.path.join(folder, names[i])), count, source)
+    names = harness.images.list_images(folder, source)
+    return readable(names, lambda i: harness.images.read_image(os.path.join(folder, names[i])), count, source)
 
 
 # ======================================================================================================================
@@ -173,7 +179,7 @@ def yardstick(name, values):
 
 def draw_curves(args):
     """A panel for each value that is logged, a line for each run; dashed and thin: its yardstick."""
-    plt, runs = common.pyplot(), [logged(run) for run in args.runs]
+    plt, runs = harness.pictures.pyplot(), [logged(run) for run in args.runs]
     names = list(dict.fromkeys(name for values in runs for name in values))
     names = [name for name in names if not {"chance", "spread"} & set(name.split("_"))]
     names.sort(key=lambda name: name == "lr")  # the last one, as in the runs' own curves.png
@@ -219,7 +225,7 @@ def draw_ap(args):
     Errors:
         UserError: other protocols, whose numbers are not comparable; no such results; none of a kind that all have.
     """
-    plt, results = common.pyplot(), [lines_with(run, "results.jsonl", "protocol") for run in args.runs]
+    plt, results = harness.pictures.pyplot(), [lines_with(run, "results.jsonl", "protocol") for run in args.runs]
     runs = [[by_threshold(trial) for trial in trials] for trials in results]
     for run, trials in zip(args.runs, runs, strict=True):
         if not trials or not trials[0]:
@@ -295,10 +301,14 @@ def device():
 def pretrained(args):
     """What CHECKPOINT says of itself: (its content, settings of its run, `size` and `arch` always among them)."""
     named = args.checkpoint in ("imagenet", "random")
-    state = {} if named else common.load_checkpoint_file(args.checkpoint)
+    state = {} if named else harness.weights.load_checkpoint_file(args.checkpoint)
     state = state if isinstance(state, dict) else {}
     settings = state.get("settings")
     settings = settings if isinstance(settings, dict) else {}
+    if state.get("script") == "setsim" and "set" not in settings:
+        raise UserError(
+            f"{args.checkpoint}: a checkpoint of an earlier version of setsim.py: give its exported weights"
+        )
     size, arch = settings.get("size"), settings.get("arch")
     size = args.size or (size if isinstance(size, int) else 224)
     return state, settings | {"size": size, "arch": arch if arch in common.ARCHS else args.arch}
@@ -315,23 +325,23 @@ def backbone(args, settings):
 def draw_attention(args):
     """Whole images beside their attention on C5 (PAPER: SetSim's Eq. 3), its set (Eq. 4) framed.
 
-    Of a checkpoint of setsim.py with its own statistic and threshold (or ratio), of others with the paper's.
+    A checkpoint of setsim.py is drawn with its own statistic and set, others with the paper's.
     """
     state, settings = pretrained(args)
-    statistic, threshold, ratio = "abs", THRESHOLD, None
-    if state.get("script") == setsim.NAME:
-        statistic, threshold, ratio = (settings[name] for name in ("attention", "threshold", "ratio"))
+    square, rule = False, SET
+    if state.get("script") == "setsim":
+        square, rule = settings["preset"] == "official", settings["set"]
     names, images = own_images(args.images, args.count, "IMAGES")
-    plt, trunk = common.pyplot(), backbone(args, settings)
+    plt, trunk = harness.pictures.pyplot(), backbone(args, settings)
     images = [TF.resize(image, settings["size"]) for image in images]  # short side
-    framed = f"at least {threshold}" if ratio is None else f"highest {ratio:g} %"
-    titles = ["image", f"attention ({statistic}), framed: {framed}"]
+    framed = f"highest {rule}" if rule.endswith("%") else f"at least {rule}"
+    titles = ["image", f"attention ({'mean of z^2' if square else 'sum of |z|'}), framed: {framed}"]
     figure = draw_columns(plt, [[image, image] for image in images], titles, names)
     for axis, image in zip(figure.axes[1::2], images, strict=True):
         z = trunk(common.normalise(TF.pil_to_tensor(image)[None].to(device())))[-1]  # (1, C, H, W)
         H, W = z.shape[2:]
-        A = setsim.attention_map(z.flatten(2), statistic)  # (1, S)
-        chosen = setsim.threshold_set(A, threshold) if ratio is None else setsim.ratio_set(A, ratio)
+        A = setsim.attention_map(z.flatten(2), square)  # (1, S)
+        chosen = setsim.select(A, rule)
         A, chosen = A.view(H, W).cpu(), chosen.view(H, W).cpu()
         edges = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
         shown = axis.imshow(A.numpy(), "cividis", vmin=0, vmax=1, alpha=0.65, extent=edges, interpolation="nearest")
@@ -349,53 +359,52 @@ def draw_attention(args):
 
 @torch.no_grad()
 def draw_matches(args):
-    """PAPER: SetSim Figure 3. Each image with two random crops in it, and `setsim.draw_matches` of these; writes --out.
+    """PAPER: SetSim Figure 3. Each image with two random crops in it, and look.draw_matches of the crops; writes --out.
 
-    A checkpoint.pth of setsim.py is taken with its own two networks and matcher. Any other backbone sees both crops, and
-    is matched as setsim.py does by default; so is a run with --matcher none, to be compared.
+    A checkpoint.pth of setsim.py is drawn with its own two networks and matcher. Any other backbone sees both crops and
+    is matched as setsim.py does by default.
     """
     state, settings = pretrained(args)
     names, images = own_images(args.images, args.count, "IMAGES")
     views = []
     for name, image in zip(names, images, strict=True):
         with common.drawing("figure", args.seed, name):
-            views.append([x for _ in range(2) for x in setsim.random_view(image, settings["size"], False)])
+            views.append(setsim.two_views(image, settings["size"]))
 
-    def matcher(z_q, z_k, window_q, window_k, rng):
-        return setsim.match(z_q, z_k, window_q, window_k, "set2set-nn", "abs", THRESHOLD, None, 0.0, False, None)
-
-    if state.get("script") == setsim.NAME:
-        world = common.World(0, 1, 0, device())
-        method = setsim.build(argparse.Namespace(**settings | {"amp": "none"}), world)
+    if state.get("script") == "setsim":
+        method = setsim.build(argparse.Namespace(**settings | {"amp": "none"}), device())
         method.load_state_dict(state["model"])
         print(f"a run of setsim.py at step {state['step']}: its own networks and matcher", flush=True)
-        features = method.eval().features
-        matcher = method.matcher if settings["matcher"] != "none" else matcher
+        see = method.eval().see
     else:
         trunk = backbone(args, settings)
 
-        def features(view_q, view_k):
-            return (trunk(common.normalise(view))[-1] for view in (view_q, view_k))  # (1, C, H, W)
+        def see(view_q, view_k, window_q, window_k):
+            z_q, z_k = (trunk(common.normalise(view))[-1] for view in (view_q, view_k))  # (1, C, H, W)
+            return setsim.match(z_q, z_k, window_q, window_k), *z_q.shape[2:]
 
     found = []
-    for name, one in zip(names, views, strict=True):
-        view_q, window_q, view_k, window_k = (x[None].to(device()) for x in one)
-        z_q, z_k = features(view_q, view_k)
-        found.append(matcher(z_q, z_k, window_q, window_k, common.generator("figure", args.seed, name)))
-    found = setsim.Match(*(torch.cat(part) for part in zip(*found, strict=True)))
-    view_q, window_q, view_k, window_k = (torch.stack(x) for x in zip(*views, strict=True))
+    for one in views:  # each pair alone: all of them together may not fit into memory
+        matched, H, W = see(*(x[None].to(device()) for x in one))
+        found.append(matched)
+    attention, sets = (
+        [torch.cat(x) for x in zip(*part, strict=True)] for part in zip(*(m[:2] for m in found), strict=True)
+    )
+    similarity, positives = (torch.cat(x) for x in zip(*(m[2:] for m in found), strict=True))
+    found = setsim.Match(attention, sets, similarity, positives)
+    view_q, view_k, window_q, window_k = (torch.stack(x) for x in zip(*views, strict=True))
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "matches.png")
-        setsim.draw_matches(path, view_q, view_k, found, *z_q.shape[2:])
+        look.draw_matches(path, view_q, view_k, found, H, W, rows=len(images))
         matches = Image.open(path).convert("RGB")
     buffer = io.BytesIO()
     draw_crops(matches, names, images, window_q.tolist(), window_k.tolist()).save(buffer, "png")
-    common.write_atomically(args.out, [buffer.getvalue()])
+    harness.weights.write_atomically(args.out, [buffer.getvalue()])
 
 
 def draw_crops(matches, names, images, windows_q, windows_k):
     """The picture `matches` with one more column at its left: each image, its name, and what the two views show of it."""
-    head = 20  # pixels above the rows, as in `setsim.draw_matches`
+    head = 20  # pixels above the rows, as in look.draw_matches
     step = (matches.height - head) // len(images)
     canvas = Image.new("RGB", (step + matches.width, matches.height), "white")
     canvas.paste(matches, (step, 0))
@@ -478,7 +487,7 @@ class Segmentation:
 def fine_tuned(run, images):
     """A run as Detection or Segmentation. images: one's own folder, or None. Errors: UserError, neither of them."""
     path = file_of(run, "checkpoint.pth")
-    state = common.load_checkpoint_file(path)
+    state = harness.weights.load_checkpoint_file(path)
     kinds = {"transfer_det": Detection, "transfer_seg": Segmentation}
     if not isinstance(state, dict) or state.get("script") not in kinds:
         raise UserError(f"{path}: not a checkpoint of transfer_det.py or transfer_seg.py")
@@ -492,7 +501,7 @@ def draw_predictions(args):
     Errors:
         UserError: no fine-tuned model, models of other tasks or classes, validation data that is no longer there.
     """
-    plt, world = common.pyplot(), common.World(0, 1, 0, device())
+    plt, world = harness.pictures.pyplot(), harness.legacy.World(0, 1, 0, device())
     runs = [fine_tuned(run, args.images) for run in args.runs]
     tasks = [f"{run.state['script']}.py --task {run.args.task} with {len(run.classes)} classes" for run in runs]
     for name, task, run in zip(args.names, tasks, runs, strict=True):
@@ -536,9 +545,9 @@ def main(argv=None):
         raise UserError(f"--out {args.out}: give a file in a folder that is there and can be written")
     figure = DRAWN[args.command](args)
     if figure is not None:
-        common.save_figure(figure, args.out, dpi=150)
+        harness.pictures.save_figure(figure, args.out, dpi=150)
     print(f"picture: {args.out}", flush=True)
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    harness.run.main(main)

@@ -14,7 +14,7 @@ until there are 146,000. The first n lines of the list are what --count n would 
 
 Boxes in the CSV are fractions of the image and its size is nowhere in Open Images' CSVs (OriginalSize is in bytes),
 while COCO's format counts in pixels. So the list is all that is written without --images; with it, sizes are read from
-the files' headers, as `common.read_image` turns the images: that the fractions are of the turned image is an assumption.
+the files' headers, as `harness.images.read_image` turns the images: that the fractions are of the turned image is an assumption.
 A list that is there already must be the same one.
 
 Counted as one object: each box with a class of --classes, a box around a group (IsGroupOf 1, `iscrowd` 1 in the JSON)
@@ -37,7 +37,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-import common
+import harness.images
+import harness.legacy
+import harness.pictures
+import harness.run
+import harness.weights
 from common import UserError
 
 # AMBIGUOUS: D38. COCO's classes and what Open Images calls them. It labels an object with the most specific of its
@@ -148,7 +152,7 @@ def get_args(argv=None):
     flag("--seed", type=int, default=0, help="of the order in which images are looked at")
     # fmt: on
     args = parser.parse_args(argv)
-    common.check_range(args, count=(1, None), seed=(0, None))
+    harness.legacy.check_range(args, count=(1, None), seed=(0, None))
     if not os.path.basename(args.out) or args.out.endswith((".txt", ".json")):
         raise UserError(f"--out {args.out}: give a name for the files, without .txt or .json")
     for path in (f"{args.out}.txt", f"{args.out}.json"):
@@ -280,7 +284,7 @@ def read_boxes(path, mids, rows_at_once=20_000):
     columns = {"image": bytearray(), "category": bytearray(), "corners": bytearray(), "group": bytearray()}
     provisional, numbers, unknown = [np.zeros(0, np.uint64)], 0, 0
     chunks = read_chunks(path, classes, rows_at_once)
-    chunks = common.progress(chunks, megabytes, what="MB of boxes", size=lambda item: item[0])
+    chunks = harness.pictures.progress(chunks, megabytes, what="MB of boxes", size=lambda item: item[0])
     for _, (ids, category, corners, group) in chunks:
         known = category >= 0
         unknown += int((~known).sum())
@@ -390,7 +394,7 @@ def statistics(image, category, images):
 
 
 def image_sizes(folder, names):
-    """Width and height of FOLDER/NAME as `common.read_image` turns it, from the headers: (n, 2) list.
+    """Width and height of FOLDER/NAME as `harness.images.read_image` turns it, from the headers: (n, 2) list.
 
     Errors:
         UserError: files that are missing (how many, the first), or one that is no image.
@@ -411,7 +415,7 @@ def image_sizes(folder, names):
                 raise UserError(f"--images {folder}: {name} is no image ({error}): download it again") from None
             yield size[::-1] if turned else size
 
-    return list(common.progress(sizes(), len(names), what="sizes of images"))
+    return list(harness.pictures.progress(sizes(), len(names), what="sizes of images"))
 
 
 def coco_json(boxes, names, taken, files, sizes):
@@ -505,7 +509,7 @@ def main(argv=None):
                 raise UserError(f"{args.out}.txt: another list is there: move it away or give another --out")
     elif os.path.isfile(f"{args.out}.json"):
         raise UserError(f"{args.out}.json: boxes of a list that is not there: move it away or give another --out")
-    common.write_atomically(f"{args.out}.txt", [text.encode()])
+    harness.weights.write_atomically(f"{args.out}.txt", [text.encode()])
     inside = np.isin(boxes.image, taken)
     rows = {
         "sample": statistics(boxes.image[inside], boxes.category[inside], len(taken)),
@@ -518,9 +522,11 @@ def main(argv=None):
               "list, then run the same command with --images DIR", flush=True)  # fmt: skip
         return
     files = [f"{name}.jpg" for name in ids]
-    common.write_atomically(f"{args.out}.json", coco_json(boxes, names, taken, files, image_sizes(args.images, files)))
+    harness.weights.write_atomically(
+        f"{args.out}.json", coco_json(boxes, names, taken, files, image_sizes(args.images, files))
+    )
     print(f"{args.out}.txt and {args.out}.json written", flush=True)
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    harness.run.main(main)

@@ -5,7 +5,7 @@
     python -m tools.to_detectron2 runs/resim/resnet50.pth resim.pkl --fpn runs/resim/fpn.pth
     python -m tools.to_detectron2 resim.pth.tar resim.pkl                     a released file, its pyramid with it
 
-Read is whatever `common.load_backbone` reads. Written is detectron2's pickle: {"model": {name: float32 array},
+Read is whatever `harness.weights.load_backbone` reads. Written is detectron2's pickle: {"model": {name: float32 array},
 "__author__": ..., "matching_heuristics": True}, where names are matched by their ends:
     conv1, bn1                stem.conv1, stem.conv1.norm
     layer1 .. layer4          res2 .. res5
@@ -38,6 +38,8 @@ import numpy as np
 import torch
 
 import common
+import harness.run
+import harness.weights
 from common import UserError
 
 PYRAMID = 256  # channels of a pyramid, detectron2's MODEL.FPN.OUT_CHANNELS
@@ -51,10 +53,8 @@ LAYERS = (
     (r"(?:module\.)?neck\.fpn_convs\.([0-3])\.conv", 2, "fpn_output{}"),
     (r"(?:module\.)?neck\.lateral_convs\.([0-3])\.bn", 2, "fpn_lateral{}.norm"),
     (r"(?:module\.)?neck\.fpn_convs\.([0-3])\.bn", 2, "fpn_output{}.norm"),
-    (r"query\.pyramid\.laterals\.c([2-5])", 0, "fpn_lateral{}"),  # checkpoint.pth of resim.py
-    (r"query\.region_heads\.p([2-5])", 0, "fpn_output{}"),  # where a head is such, --preset official
-    (r"(?:backbone\.fpn\.)?inner_blocks\.([0-3])\.0", 2, "fpn_lateral{}"),  # fpn.pth of resim.py; detector.pth
-    (r"(?:backbone\.fpn\.)?layer_blocks\.([0-3])\.0", 2, "fpn_output{}"),
+    (r"(?:query\.pyramid\.|backbone\.fpn\.)?inner_blocks\.([0-3])\.0", 2, "fpn_lateral{}"),  # resim.py; detector.pth
+    (r"(?:query\.pyramid\.|backbone\.fpn\.)?layer_blocks\.([0-3])\.0", 2, "fpn_output{}"),
     (r"backbone\.fpn\.inner_blocks\.([0-3])\.1", 2, "fpn_lateral{}.norm"),
     (r"backbone\.fpn\.layer_blocks\.([0-3])\.1", 2, "fpn_output{}.norm"),
 )
@@ -120,7 +120,7 @@ def read_pyramid(source, widths):
     Errors:
         UserError: not a checkpoint; see check_pyramid.
     """
-    state = common.load_checkpoint_file(source)
+    state = harness.weights.load_checkpoint_file(source)
     for container in ("state_dict", "model", "model_ema"):
         if isinstance(state, dict) and isinstance(state.get(container), dict):
             state = state[container]
@@ -150,7 +150,7 @@ def to_pickle(tensors):
 
 def main(argv=None):
     args = get_args(argv)
-    state, line = common.load_backbone(args.file, args.arch)
+    state, line = harness.weights.load_backbone(args.file, args.arch)
     print(line, flush=True)
     backbone = {
         detectron2_name(name): tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")
@@ -166,7 +166,7 @@ def main(argv=None):
     beside = os.path.join(os.path.dirname(args.file), "fpn.pth")
     if not fpn and os.path.exists(beside):
         print(f"{beside} is there and was not taken: add --fpn {beside}", flush=True)
-    common.write_atomically(args.out, [to_pickle(backbone | fpn)])
+    harness.weights.write_atomically(args.out, [to_pickle(backbone | fpn)])
     depth = int(args.arch.removeprefix("resnet"))
     narrow = ", MODEL.RESNETS.RES2_OUT_CHANNELS 64" if depth < 50 else ""
     print(
@@ -179,4 +179,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    harness.run.main(main)

@@ -6,12 +6,12 @@ of ten classes that differ in shape and texture while every colour is drawn at r
 from its form and not from its colours.  Objects vary in size, rotation, proportions and shading and occlude each
 other.  Nothing is stored and nothing is downloaded; numpy, Pillow and scipy are enough to make a scene.
 
-    from tools.scenes import CLASSES, FLIP_PAIRS, make_scene
+    from harness.scenes import CLASSES, FLIP_PAIRS, make_scene
     scene = make_scene(seed=0, index=7)                       # 136 x 136 pixels
     scene = make_scene(seed=0, index=7, height=480, width=640)
 
-    python -m tools.scenes --show 16 --out scenes.png         # contact sheet with annotations
-    python -m tools.scenes --write DIR --count 100            # images, COCO annotations, semantic maps
+    python -m harness.scenes --show 16 --out scenes.png         # contact sheet with annotations
+    python -m harness.scenes --write DIR --count 100            # images, COCO annotations, semantic maps
 
 Measured by the tests on 1000 objects: from the colour histogram of an object, nearest neighbours and a logistic
 regression tell its class no better than chance; from its mask, turned upright, nearest neighbours tell nearly always.
@@ -577,7 +577,7 @@ def write_coco(root: Path, seed: int, count: int, height: int, width: int) -> No
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code, 0 or 2 (bad input, explained in one line on stderr)."""
-    parser = argparse.ArgumentParser(prog="python -m tools.scenes", description="Show or write procedural scenes.")
+    parser = argparse.ArgumentParser(prog="python -m harness.scenes", description="Show or write procedural scenes.")
     parser.add_argument("--show", type=int, metavar="N", help="draw a contact sheet of N scenes with annotations")
     parser.add_argument(
         "--out", type=Path, default=Path("scenes.png"), help="PNG file of the contact sheet (%(default)s)"
