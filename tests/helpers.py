@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TINY = "--data scenes:32 --arch resnet18 --size 64 --batch-size 8 --group-size 4 --queue-size 24 --workers 0".split()
+TINY = "--data scenes:32 --arch resnet18 --size 64 --batch-size 8 --queue-size 24 --workers 0".split()
 TINY += "--lr 0.1 --epochs 2 --print-freq 2".split()
 
 
@@ -70,7 +70,7 @@ def signal_after(script, *flags, line, number, processes=0):
 
 @pytest.fixture(autouse=True)
 def keep_signals():
-    """main() takes SIGTERM and Ctrl-C over; tests give them back."""
+    """A run within this process takes SIGTERM and Ctrl-C over. The test gives them back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in handlers.items():
@@ -132,14 +132,16 @@ def coordinate_image(width=256, height=200):
 
 
 def lifted(script, *names):
-    """Execute the source of some top-level definitions of a script on their own, with only libraries in scope."""
+    """Execute some top-level definitions of a script on their own, with only libraries in scope. Returns them in order.
+
+    A name that the script does not define is taken from common.py, as the script's own import does.
+    """
     import scipy.optimize
     import torch.nn.functional as F
     import torchvision
     import torchvision.transforms as transforms
     from PIL import ImageFilter
 
-    source = (ROOT / script).read_text()
     scope = {
         "math": math,
         "dist": torch.distributed,
@@ -154,8 +156,17 @@ def lifted(script, *names):
         "ImageFilter": ImageFilter,
         "linear_sum_assignment": scipy.optimize.linear_sum_assignment,
     }
-    wanted = [node for node in ast.parse(source).body if getattr(node, "name", None) in names]
-    assert len(wanted) == len(names)
-    for node in wanted:
-        exec(compile(ast.Module([node], []), script, "exec"), scope)
+    for file in ("common.py", script):
+        for node in ast.parse((ROOT / file).read_text()).body:
+            if defined(node) & {*names}:
+                exec(compile(ast.Module([node], []), file, "exec"), scope)
+    missing = {*names} - scope.keys()
+    assert not missing, f"neither {script} nor common.py defines {missing}"
     return [scope[name] for name in names]
+
+
+def defined(node):
+    """The names that a top-level statement gives: of a function, a class, or constants."""
+    if isinstance(node, ast.Assign):
+        return {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return {getattr(node, "name", None)}

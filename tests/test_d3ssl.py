@@ -1,22 +1,36 @@
-"""d3ssl.py: views and boxes, region-level augmentations, networks, losses and one iteration, against something independent."""
+"""d3ssl.py: views, boxes, augmentations of regions, networks, losses, one iteration, each against something independent."""
 
+import copy
 import itertools
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import coordinate_image, lifted
+from helpers import (
+    coordinate_image,
+    keep_signals,  # noqa: F401
+    lifted,
+)
 from PIL import Image
 from torch import nn
 
 import common
 import d3ssl
 from d3ssl import Drawn
+from harness import images, look
+from harness.proposals import WithProposals
+from harness.run import Run
+from harness.scenes import make_scene
 
 SIZE = 64
+
+
+AUGMENT = ("prc", "prm", "rbj")  # the paper's
 
 
 def some_boxes(count, size, seed=0, least=20):
@@ -27,18 +41,25 @@ def some_boxes(count, size, seed=0, least=20):
     return torch.cat([corner, corner + side], 1)
 
 
-def views_of(**changes):
-    settings = dict(images=None, size=SIZE, boxes=4, cutout="prc", jitter="rbj", prm="keep", seed=0)
-    return d3ssl.RegionViews(**(settings | changes))
+def draw(item, *key, **settings):
+    """Drawn of (image, proposals). The key stands for the image in its epoch."""
+    with common.drawing(*key):
+        return d3ssl.draw_views(item, **(dict(size=SIZE, augment=AUGMENT) | settings))
 
 
-def batch_of(count, size=SIZE, **changes):
-    """Drawn of random scenes with random boxes, with a leading dimension."""
+def batched(items, *key, **settings):
+    """Drawn of each item, with a leading dimension."""
+    drawn = [draw(item, *key, i, **settings) for i, item in enumerate(items)]
+    return Drawn(*(torch.stack(x) for x in zip(*drawn, strict=True)))
+
+
+def batch_of(count, **settings):
+    """Drawn of random blocks with random boxes, with a leading dimension."""
     rng, items = np.random.default_rng(0), []
     for i in range(count):
         blocks = rng.integers(0, 256, (12, 15, 3), np.uint8)
         items.append((Image.fromarray(blocks).resize((150, 120), Image.NEAREST), some_boxes(6, 120, i, least=45)))
-    return d3ssl.draw_batch(views_of(size=size, **changes), items, "cpu", "test")
+    return batched(items, "test", **settings)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -59,9 +80,9 @@ def test_boxes_show_the_same_in_every_view(no_colours, monkeypatch):
     monkeypatch.setattr(d3ssl, "proposal_cutout", lambda view, boxes: view)
     W, H = 300, 200
     image, proposals = coordinate_image(W, H), some_boxes(30, 200, 1, least=60)
-    views, checked, flips = views_of(cutout="none", jitter="none", prm="none", size=128), 0, [0, 0]
+    checked, flips = 0, [0, 0]
     for i in range(30):
-        drawn = d3ssl.draw_batch(views, [(image, proposals)] * 2, "cpu", i)
+        drawn = batched([(image, proposals)] * 2, "same", i, augment=(), size=128)
         inputs = d3ssl.network_inputs(drawn, torch.tensor([1, 0]))
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (common.PIXEL_MEAN, common.PIXEL_STD))
         seen = []  # for each view, (K, 4): least and most x and y that a box shows, in pixels of the image
@@ -93,7 +114,7 @@ def test_boxes_show_the_same_in_every_view(no_colours, monkeypatch):
 
 
 def test_views_follow_the_recipe():
-    """x1 is the whole image; x2 has [0.4, 1] of its area and an aspect of 3/4 to 4/3; each is flipped every second time."""
+    """x1 is the whole image. x2 has [0.4, 1] of its area, an aspect of 3/4 to 4/3. Each is flipped every second time."""
     image, shown = Image.new("RGB", (400, 300)), []
     original = d3ssl.distorted_view
 
@@ -105,7 +126,7 @@ def test_views_follow_the_recipe():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(d3ssl, "distorted_view", note)
         for i in range(300):
-            views_of(size=32).draw(image, torch.zeros(0, 4), i)
+            draw((image, torch.zeros(0, 4)), "recipe", i, size=32)
     wholes, crops = shown[::2], shown[1::2]
     assert all(crop == [0, 0, 400, 300] for crop, _ in wholes)
     x0, y0, x1, y1 = torch.tensor([crop for crop, _ in crops]).double().T
@@ -220,22 +241,39 @@ def test_foreground_mask_against_pixel_centres():
 NESTED = torch.tensor([[70.0, 70, 130, 130], [0, 0, 200, 200], [50, 50, 150, 150], [25, 25, 175, 175]])  # shuffled
 
 
+def most_rounding(rows, columns, share):
+    """How much more than a share of a box its cut can have: up to a pixel along each axis, at any place."""
+    scale = share**0.5
+    return (math.ceil(scale * rows) * math.ceil(scale * columns)) / (rows * columns) - share
+
+
 def test_prc_on_nested_boxes_cuts_what_the_rule_says():
-    """Four nested boxes at c = 0.3: on average 0.147, 0.181, 0.221, 0.300 of them are cut, outermost first."""
-    shares = []
+    """Four nested boxes at c = 0.3, whose mean shares are known.
+
+    A cut always covers more than c of the next smaller box, wherever it falls, so that box is restored: what is left
+    of the cut lies around it. The overlap of a cut and the next box has a mean along each axis by itself.
+    """
+    shares, c = [], 0.3
     for i in range(400):
         with common.drawing("nested", i):
-            keep = d3ssl.proposal_cutout(torch.ones(200, 200), NESTED, 0.3, 0.3)
+            keep = d3ssl.proposal_cutout(torch.ones(200, 200), NESTED, c, c)
         shares.append([1 - keep[d3ssl.pixel_slices(box, 200, 200)].mean().item() for box in NESTED[[1, 3, 2, 0]]])
-    shares = torch.tensor(shares)
-    areas = torch.tensor([200.0, 150, 100, 60]) ** 2
-    assert (shares[:, 3] <= 0.305).all()  # the innermost is cut last: never more than its share
-    assert (shares * areas).max(1).values.le(0.305 * areas[0]).all()
-    assert (shares.mean(0) - torch.tensor([0.147, 0.181, 0.221, 0.300])).abs().max() < 0.025, shares.mean(0)
+    shares, sides, expected = torch.tensor(shares), [200, 150, 100, 60], [c]
+    for side, inner in [*itertools.pairwise(sides)][::-1]:
+        start = np.linspace(0, side - c**0.5 * side, 10_000)
+        low, high = (side - inner) / 2, (side + inner) / 2
+        overlap = np.minimum(start + c**0.5 * side, high) - np.maximum(start, low)
+        assert overlap.min() ** 2 > c * inner**2
+        expected.insert(0, c - (overlap.mean() ** 2 - expected[0] * inner**2) / side**2)
+    assert (shares[:, 3] <= c + most_rounding(60, 60, c)).all()  # it is cut last: never more than its share
+    assert np.abs(shares.mean(0).numpy() - expected).max() < 0.008, (shares.mean(0), expected)
 
 
 def prc_by_sets(boxes, draws):
-    """Section 4.1's rule with sets of pixels, and the draws given as (c, u, v) in the order of use."""
+    """Section 4.1's rule with sets of pixels, and the draws given as (c, u, v) in the order of use.
+
+    An edge at a real-valued place, rounded: the pixels whose centres lie between the edges are cut (D19).
+    """
     gone = set()
     for (x0, y0, x1, y1), (c, u, v) in zip(
         sorted(boxes, key=lambda b: -(b[2] - b[0]) * (b[3] - b[1])), draws, strict=True
@@ -245,9 +283,9 @@ def prc_by_sets(boxes, draws):
         if cut > c:
             gone, cut = gone - own, 0
         scale = math.sqrt(c - cut)
-        h, w = round(scale * (y1 - y0)), round(scale * (x1 - x0))
-        top, left = y0 + int(u * (y1 - y0 - h + 1)), x0 + int(v * (x1 - x0 - w + 1))
-        gone |= {(i, j) for i in range(top, top + h) for j in range(left, left + w)}
+        h, w = scale * (y1 - y0), scale * (x1 - x0)
+        top, left = y0 + u * (y1 - y0 - h), x0 + v * (x1 - x0 - w)
+        gone |= {(i, j) for i, j in own if top < i + 0.5 < top + h and left < j + 0.5 < left + w}
     return gone
 
 
@@ -260,6 +298,53 @@ def test_prc_against_sets_of_pixels():
             keep = d3ssl.proposal_cutout(torch.ones(60, 60, dtype=torch.bool), boxes)
         gone = {(y, x) for y, x in (~keep).nonzero().tolist()}
         assert gone == prc_by_sets([[int(x) for x in box] for box in boxes.tolist()], draws)
+
+
+@pytest.mark.parametrize("rows, columns, share", [(23, 37, 0.3), (21, 43, 0.2), (25, 31, 0.45)])
+def test_prc_rounds_each_edge_of_a_cut(rows, columns, share):
+    """D19: the edges are a real-valued start and end, rounded. The size of a cut thus depends on its place.
+
+    A side is rounded up as often as its fraction says, so the mean share is c.
+    """
+    scale, box, cuts = share**0.5, torch.tensor([[5.0, 7, 5 + columns, 7 + rows]]), []
+    for i in range(1500):
+        with common.drawing("edges", i):
+            torch.rand(())
+            u, v = torch.rand(2).tolist()
+        with common.drawing("edges", i):
+            gone = ~d3ssl.proposal_cutout(torch.ones(70, 60, dtype=torch.bool), box, share, share)
+        sides = []
+        for at, first, place, side in ((1, 7, u, rows), (0, 5, v, columns)):
+            start = place * (side - scale * side)
+            found = gone.any(at).nonzero()[:, 0]
+            wanted = round(start), round(start + scale * side)
+            assert (found[0].item() - first, found[-1].item() + 1 - first) == wanted
+            sides.append(len(found))
+        assert gone.sum() == sides[0] * sides[1]  # one rectangle
+        cuts.append(sides)
+    cuts = np.array(cuts)
+    for sizes, side in zip(cuts.T, (rows, columns), strict=True):
+        length = scale * side
+        assert {*sizes.tolist()} == {math.floor(length), math.ceil(length)}  # for one box and one share
+        assert (sizes > length).mean() == pytest.approx(length % 1, abs=0.07)
+    rounded_sides = round(scale * rows) * round(scale * columns) / (rows * columns)
+    assert cuts.prod(1).mean() / (rows * columns) == pytest.approx(share, abs=0.003)
+    assert abs(rounded_sides - share) > 0.005  # what rounding the sides would give, at any place
+
+
+def test_prc_never_leaves_its_box():
+    """At any place, the two extreme ones among them, and for any share. A share of 1 cuts all of the box."""
+    boxes = torch.cat([some_boxes(20, 60, 3, least=3), torch.tensor([[-4.0, 2.5, 9.6, 30], [40, 50, 70, 66]])])
+    draws = {"lowest": 0.0, "highest": 1 - 2**-24, "any": None}
+    for i, (box, value) in enumerate(itertools.product(boxes, draws.values())):
+        with common.drawing("leaves", i), pytest.MonkeyPatch.context() as patch:
+            if value is not None:
+                patch.setattr(d3ssl.torch, "rand", lambda *size, value=value: torch.zeros(*size) + value)
+            for low, high in ((0.2, 0.5), (0.97, 1.0), (1.0, 1.0)):
+                gone = ~d3ssl.proposal_cutout(torch.ones(60, 64, dtype=torch.bool), box[None], low, high)
+                inside = mask_by_centres(box[None], 60, 64)
+                assert not (gone & ~inside).any()
+                assert low < 1 or torch.equal(gone, inside)
 
 
 def test_prc_cuts_a_rectangle_of_the_boxs_shape_at_any_place():
@@ -283,8 +368,11 @@ def test_prc_cuts_a_rectangle_of_the_boxs_shape_at_any_place():
 
 
 def test_smaller_proposals_keep_theirs():
-    """Of the smallest box never more than c is cut, whatever lies around it; without the rule it would often be."""
-    worst, unprotected = 0, 0
+    """Of the smallest box never more than c is cut, but for the rounding of edges, whatever lies around it.
+
+    Without the rule it would often be more.
+    """
+    shares, unprotected = [], 0
     for i in range(200):
         small = some_boxes(1, 120, i, least=20)[0] * 0.5 + 30
         boxes = torch.stack([torch.tensor([0.0, 0, 120, 120]), small, torch.tensor([10.0, 10, 110, 110])])
@@ -293,9 +381,11 @@ def test_smaller_proposals_keep_theirs():
         with common.drawing("small", i):
             around = d3ssl.proposal_cutout(torch.ones(120, 120), boxes[[0, 2]], 0.3, 0.3)
         inside = d3ssl.pixel_slices(small, 120, 120)
-        worst = max(worst, 1 - keep[inside].mean().item())
+        shares.append(1 - keep[inside].mean().item())
+        rows, columns = keep[inside].shape
+        assert shares[-1] <= 0.3 + (0.3**0.5 * (rows + columns) + 1) / (rows * columns)
         unprotected = max(unprotected, 1 - around[inside].mean().item())
-    assert worst < 0.33 and unprotected > 0.9
+    assert np.mean(shares) < 0.31 and unprotected > 0.9
 
 
 def test_prm_shows_background_from_all_sides_and_never_touches_boxes():
@@ -383,9 +473,8 @@ def test_shift_range_by_trying_all_shifts():
 
 def test_shifts_are_drawn_evenly_over_their_range():
     image, boxes, places = Image.new("RGB", (SIZE, SIZE)), torch.tensor([[20.0, 30, 60, 70]]), []
-    views = views_of(jitter="none", boxes=1)
     for i in range(400):
-        drawn = views.draw(image, boxes, i)
+        drawn = draw((image, boxes), "shift", i, augment=("prc", "prm"), boxes=1)
         least, most = d3ssl.shift_range(drawn.boxes_2, SIZE)
         assert (drawn.shift >= least).all() and (drawn.shift <= most).all()
         places.append((drawn.shift - least) / (most - least).clamp(min=1))
@@ -401,7 +490,7 @@ def test_composition_with_shift_0_no_cut_and_its_own_background_gives_x2_back():
 
 def test_composition_moves_pixels_by_exactly_t():
     """Against a loop over pixels: under the mask x2 at p - t, elsewhere the background."""
-    drawn = batch_of(3, 64)
+    drawn = batch_of(3)
     x2, background = common.normalise(drawn.view_2), torch.randn(3, 3, 64, 64)
     got = d3ssl.compose(x2, drawn.shift, drawn.mask_3, background)
     assert (drawn.shift != 0).any(1).all()
@@ -413,13 +502,13 @@ def test_composition_moves_pixels_by_exactly_t():
     assert moved.min() >= 0 and moved.max() <= 64
 
 
-def test_mask_of_x3_is_the_moved_foreground_cut_once_more(monkeypatch):
-    """Eqs. 6 and 7, and that --cutout does not change them."""
-    for cutout in ("prc", "none", "soco"):
-        drawn = batch_of(6, cutout=cutout)
+def test_mask_of_x3_is_the_moved_foreground_cut_once_more():
+    """Eqs. 6 and 7, and that --augment does not change them."""
+    for augment in ("prc prm rbj", "prm rbj", "soco-cutout rbj", "rbj"):
+        drawn = batch_of(6, augment=augment.split())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(d3ssl, "proposal_cutout", lambda view, boxes: view)
-            whole = batch_of(6, cutout="none")
+            whole = batch_of(6, augment=["rbj"])
         for b in range(6):
             dx, dy = drawn.shift[b].tolist()
             still = mask_by_centres(drawn.boxes_2[b], SIZE, SIZE)
@@ -446,41 +535,68 @@ def test_background_is_another_image_of_the_group(batch, group):
 FIELDS = Drawn._fields
 
 
+KEEPS, BOXES_FOLLOW = {"keep_1", "keep_2"}, {"boxes_1", "boxes_2", "keep_1", "keep_2", "shift", "mask_3"}
+
+
 @pytest.mark.parametrize(
-    "flags, changed",
+    "settings, changed",
     [
-        ({"cutout": "none"}, {"keep_1", "keep_2"}),
-        ({"cutout": "soco"}, {"keep_1", "keep_2"}),
-        ({"prm": "none"}, {"keep_1", "keep_2"}),
-        ({"prm": "erase"}, {"keep_1", "keep_2"}),
-        ({"jitter": "soco"}, {"boxes_1", "boxes_2", "keep_1", "keep_2", "shift", "mask_3"}),
-        ({"jitter": "none"}, {"boxes_1", "boxes_2", "keep_1", "keep_2", "shift", "mask_3"}),
-        ({"boxes": 3}, {"boxes_1", "boxes_2", "keep_1", "keep_2", "shift", "mask_3", "found"}),
+        ({"augment": ("prm", "rbj")}, KEEPS),
+        ({"augment": ("soco-cutout", "prm", "rbj")}, KEEPS),
+        ({"augment": ("prc", "rbj")}, KEEPS),
+        ({"augment": ("prc", "prm-erase", "rbj")}, KEEPS),
+        ({"augment": ("prc", "prm", "soco-jitter")}, BOXES_FOLLOW),
+        ({"augment": ("prc", "prm")}, BOXES_FOLLOW),
+        ({"augment": ("rbj", "prm", "prc")}, set()),  # in any order
+        ({"boxes": 3}, BOXES_FOLLOW | {"found"}),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else " ".join(sorted(value)),
+    ids=lambda value: str(value) if isinstance(value, dict) else " ".join(sorted(value)) or "nothing",
 )
-def test_ablation_flags_change_what_they_name_and_nothing_else(flags, changed):
-    before, after = batch_of(4), batch_of(4, **flags)
+def test_ablation_flags_change_what_they_name_and_nothing_else(settings, changed):
+    before, after = batch_of(4), batch_of(4, **settings)
     different = {name for name in FIELDS if not torch.equal(getattr(before, name), getattr(after, name))}
     assert different == changed
-    if "cutout" in flags:  # background is PRM's alone; SoCo's squares may reach out of the boxes
-        for b in range(4):
-            outside = ~d3ssl.foreground_mask(before.boxes_1[b], SIZE, SIZE)
-            if flags["cutout"] == "none":
-                assert torch.equal(before.keep_1[b][outside], after.keep_1[b][outside])
-                assert after.keep_1[b][~outside].all()
-    if "prm" in flags:
-        for b in range(4):
-            inside = d3ssl.foreground_mask(before.boxes_1[b], SIZE, SIZE)
+    augment = settings.get("augment", AUGMENT)
+    for b in range(4 if changed == KEEPS else 0):
+        inside = d3ssl.foreground_mask(before.boxes_1[b], SIZE, SIZE)
+        if "prc" not in augment and "soco-cutout" not in augment:  # the background is PRM's alone
+            assert torch.equal(before.keep_1[b][~inside], after.keep_1[b][~inside])
+            assert after.keep_1[b][inside].all()
+        if "prm" not in augment:
             assert torch.equal(before.keep_1[b][inside], after.keep_1[b][inside])
-            if flags["prm"] == "none":
-                assert after.keep_1[b][~inside].all()
+            assert "prm-erase" in augment or after.keep_1[b][~inside].all()
+
+
+def test_each_kind_of_draw_has_a_generator_of_its_own(monkeypatch):
+    """Each function that draws starts from the same state of the generator in all 27 choices of augmentations.
+
+    The views take one number of the generator that they are given, whatever they draw.
+    """
+    calls = {"choose_boxes": 1, "distorted_view": 2, "restricted_jitter": 2, "soco_jitter": 2, "proposal_cutout": 3,
+             "soco_cutout": 2, "proposal_mask": 2, "shift_range": 1}  # fmt: skip
+    state = lambda: torch.get_rng_state().numpy().tobytes()  # noqa: E731
+    seen = {name: set() for name in calls}
+    for name in calls:
+        function = getattr(d3ssl, name)
+        monkeypatch.setattr(
+            d3ssl, name, lambda *a, name=name, f=function, **k: (seen[name].add(state()), f(*a, **k))[1]
+        )
+    item = Image.new("RGB", (90, 80)), some_boxes(6, 80, 0, least=40)
+    for choice in itertools.product(*((None, *pair) for pair in d3ssl.AUGMENTATIONS)):
+        with common.drawing("choice"):
+            d3ssl.draw_views(item, SIZE, [*filter(None, choice)])
+            after = state()
+        with common.drawing("choice"):
+            torch.randint(2**62, ())
+            assert after == state()
+    assert {name: len(states) for name, states in seen.items()} == calls
+    assert len(set.union(*seen.values())) == 11  # boxes, 2 x (colour, jitter), 3 x cutout, 2 x mask, shift
 
 
 def test_masks_lie_where_the_boxes_of_each_view_are():
     """For x1 and for x2-s, whose boxes are half as large: PRC cuts inside boxes alone, PRM outside alone, both do."""
     inside = lambda boxes, side: d3ssl.foreground_mask(boxes, side, side)  # noqa: E731
-    cut, hidden = batch_of(12, prm="none"), batch_of(12, cutout="none")
+    cut, hidden = batch_of(12, augment=("prc", "rbj")), batch_of(12, augment=("prm", "rbj"))
     shares = []
     for b in range(12):
         for keep, boxes, side in (("keep_1", cut.boxes_1[b], SIZE), ("keep_2", cut.boxes_2[b] / 2, SIZE // 2)):
@@ -494,12 +610,11 @@ def test_masks_lie_where_the_boxes_of_each_view_are():
 
 
 def test_soco_jitter_is_drawn_for_each_view_and_clipped():
-    plain, jittered = batch_of(12, jitter="none"), batch_of(12, jitter="soco")
+    plain, jittered = batch_of(12, augment=("prc", "prm")), batch_of(12, augment=("prc", "prm", "soco-jitter"))
     for old, new in ((plain.boxes_1, jittered.boxes_1), (plain.boxes_2, jittered.boxes_2)):
         sides = (new[..., 2:] - new[..., :2]) / (old[..., 2:] - old[..., :2])
-        assert (
-            sides.max() > 1.01 and (sides == 1).all(2).any()
-        )  # larger than before, which RBJ never is; some not at all
+        # some are larger than before, which RBJ never makes them, and some are as they were
+        assert sides.max() > 1.01 and (sides == 1).all(2).any()
         assert new.min() >= 0 and new.max() <= SIZE
 
 
@@ -509,18 +624,18 @@ def test_draws_depend_on_epoch_image_and_seed_and_holes_of_x3_are_its_own():
             image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8))
             return (image, some_boxes(6, 90, 0, least=40)), 0
 
-    first = views_of(images=Same())[0, 0]
-    assert all(
-        torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-        for a, b in zip(first, views_of(images=Same())[0, 0], strict=True)
-    )
-    for other in (views_of(images=Same())[1, 0], views_of(images=Same())[0, 1], views_of(images=Same(), seed=1)[0, 0]):
+    def drawn(epoch, index, seed=0):
+        return images.Views(Same(), partial(d3ssl.draw_views, size=SIZE, augment=AUGMENT), seed)[epoch, index][:9]
+
+    first = drawn(0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(first, drawn(0, 0), strict=True))
+    for other in (drawn(1, 0), drawn(0, 1), drawn(0, 0, seed=1)):
         assert not any(torch.equal(a, b) for a, b in zip(first[:6], other[:6], strict=True))
     with pytest.MonkeyPatch.context() as patch:
         keys, drawing = [], common.drawing
         patch.setattr(common, "drawing", lambda *key: keys.append(key) or drawing(*key))
-        views_of(images=Same())[0, 0]
-    assert len(keys) == len(set(keys)) == 12  # crop, boxes, 2 x (colour, jitter), 3 x cutout, 2 x mask, shift
+        drawn(0, 0)
+    assert len(keys) == len(set(keys)) == 1 + 12  # crop, boxes, 2 x (colour, jitter), 3 x cutout, 2 x mask, shift
 
 
 def test_regions_are_at_least_a_cell_in_both_views(monkeypatch):
@@ -528,14 +643,17 @@ def test_regions_are_at_least_a_cell_in_both_views(monkeypatch):
     monkeypatch.setattr(d3ssl, "choose_boxes", lambda *a, **k: seen.append(k) or choose(*a, **k))
     image = Image.new("RGB", (400, 300))
     for i in range(20):
-        drawn = views_of(jitter="none", size=224).draw(image, some_boxes(30, 300, i, least=5), i)
+        drawn = draw((image, some_boxes(30, 300, i, least=5)), "cell", i, augment=("prc", "prm"), size=224)
         for boxes in (drawn.boxes_1, drawn.boxes_2):
             assert (boxes[:, 2:] - boxes[:, :2]).min() > 15.99
     assert all(k == {"least": 16} for k in seen)
 
 
 def test_jitter_none_uses_the_boxes_as_they_are_and_views_have_draws_of_their_own():
-    plain, jittered = batch_of(4, jitter="none"), batch_of(4)
+    plain, jittered = batch_of(4, augment=("prc", "prm")), batch_of(4)
+    assert all(
+        torch.equal(getattr(batch_of(4, augment=()), name), getattr(plain, name)) for name in ("boxes_1", "boxes_2")
+    )
     for old, new in ((plain.boxes_1, jittered.boxes_1), (plain.boxes_2, jittered.boxes_2)):
         assert (new[..., :2] >= old[..., :2]).all() and (new[..., 2:] <= old[..., 2:]).all()
     ratios = [
@@ -559,31 +677,39 @@ def test_cells_of_a_region_follow_the_view(size, cells, monkeypatch):
         "roi_align",
         lambda m, b, n, scale, **rest: seen.append((n, scale, rest)) or roi_align(m, b, n, scale, **rest),
     )
-    encoder = d3ssl.Encoder("resnet18", 8)
-    got = encoder.features(torch.zeros(1, 3, size, size), torch.tensor([[[0.0, 0, 64, 64], [8, 0, 32, 64]]]))
-    assert seen == [(cells, 1 / 16, {"aligned": True})] and got.shape == (1, 2, 512)
+    boxes = torch.tensor([[[0.0, 0, 64, 64], [8, 0, 32, 64]]])
+    features, z = d3ssl.Encoder("resnet18").encode(torch.zeros(1, 3, size, size), boxes)
+    assert seen == [(cells, 1 / 16, {"aligned": True})]
+    assert features.shape == (1, 2, 512) and z.shape == (1, 2, 128)
 
 
 @pytest.mark.parametrize("size", [224, 112])
 def test_the_region_of_a_whole_view_is_torchvisions_resnet(size):
     """Eq. 1 with b = the view: RoIAlign then reads each cell of C4 at its centre, and nothing is left of it."""
-    encoder, resnet = d3ssl.Encoder("resnet18", 8).eval(), torchvision.models.resnet18(num_classes=8).eval()
+    encoder, resnet = d3ssl.Encoder("resnet18").eval(), torchvision.models.resnet18().eval()
     for norm in (m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.running_mean.uniform_(-0.1, 0.1)
     resnet.load_state_dict(encoder.trunk.state_dict(), strict=False)
     resnet.fc = nn.Identity()
     x, box = torch.randn(2, 3, size, size), torch.tensor([[[0.0, 0, size, size]]] * 2)
-    torch.testing.assert_close(encoder.features(x, box)[:, 0], resnet(x), rtol=1e-3, atol=1e-4)
+    features = lambda x, boxes: encoder.encode(x, boxes)[0]  # noqa: E731
+    torch.testing.assert_close(features(x, box)[:, 0], resnet(x), rtol=1e-3, atol=1e-4)
     part = torch.tensor([[[0.0, 0, size / 2, size]]] * 2)  # another box: other features, of the image it belongs to
-    assert (encoder.features(x, part) - encoder.features(x, box)).abs().max() > 1e-2
-    swapped = encoder.features(x.flip(0), part)
-    torch.testing.assert_close(swapped.flip(0), encoder.features(x, part), rtol=1e-4, atol=1e-5)
+    assert (features(x, part) - features(x, box)).abs().max() > 1e-2
+    torch.testing.assert_close(features(x.flip(0), part).flip(0), features(x, part), rtol=1e-4, atol=1e-5)
 
 
-def build(*flags, total=10, **changes):
-    base = "--data scenes --arch resnet18 --size 64 --batch-size 6 --seed 1".split()
-    args = d3ssl.get_args([*base, *([] if "soco" in flags else ["--queue-size", "20", "--group-size", "6"]), *flags])
-    return d3ssl.build(args, common.World(0, 1, 0, torch.device("cpu")), total)
+def build(*flags):
+    base = "--data scenes --arch resnet18 --size 64 --batch-size 6 --queue-size 20 --seed 1".split()
+    return d3ssl.build(d3ssl.get_args([*base, *flags]), torch.device("cpu"), total=10)
+
+
+def make_teacher_differ(method):
+    """The parameters of the teacher before the iteration: no longer those of the student."""
+    with torch.no_grad():
+        for p in method.key.parameters():
+            p.mul_(1.05)
+    return {name: p.clone() for name, p in method.key.named_parameters()}
 
 
 def test_heads():
@@ -592,37 +718,84 @@ def test_heads():
         ("Linear", 512, 512), ("ReLU",), ("Linear", 512, 128)
     ]  # fmt: skip
     soco = build("--framework", "soco")
-    for mlp, inputs in ((soco.query.encoder.projector, 512), (soco.query.predictor, 256), (soco.key.projector, 512)):
+    for mlp, inputs in ((soco.query.projector, 512), (soco.query.predictor, 256), (soco.key.projector, 512)):
         assert [type(m).__name__ for m in mlp] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
         assert (mlp[0].in_features, mlp[0].out_features, mlp[3].out_features) == (inputs, 4096, 256)
     normed = build("--mlp-norm").query.projector
-    assert [type(m).__name__ for m in normed] == ["Linear", "BatchNorm1d", "ReLU", "Linear"] and normed[
-        0
-    ].out_features == 512
-    assert all((block.bn2.weight == 0).all() for block in soco.query.encoder.trunk.layer1)
+    assert [type(m).__name__ for m in normed] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert normed[0].out_features == 512
+    assert all((block.bn2.weight == 0).all() for block in soco.query.trunk.layer1)
     assert all((block.bn2.weight == 1).all() for block in build().query.trunk.layer1)
 
 
-def test_batch_statistics_are_the_groups_own():
-    """Images in groups of 3, regions with their images: each group alone gives the same."""
-    encoder, drawn = d3ssl.Encoder("resnet18", 8, group_size=3), batch_of(6)
-    x, boxes = common.normalise(drawn.view_1), drawn.boxes_1
+@torch.no_grad()
+def test_the_teacher_has_no_predictor_and_follows_trunk_and_projector():
+    """SoCo (D39): z of the teacher is the projector's. Its parameters follow those of the student by name."""
+    method = build("--framework", "soco")
+    assert not [name for name in method.state_dict() if name.startswith("key.predictor")]
+    student, before = dict(method.query.named_parameters()), make_teacher_differ(method)
+    assert student.keys() - before.keys() == {name for name in student if name.startswith("predictor.")} != set()
+    assert not any(p.requires_grad for p in method.key.parameters())
+    drawn = batch_of(6)
+    view = common.normalise(drawn.view_1), drawn.boxes_1
+    (z,) = method.teach(0, view)
+    for name, p in method.key.named_parameters():
+        torch.testing.assert_close(p, 0.99 * before[name] + 0.01 * student[name])
+    ((features, again),) = method.key(view)
+    assert torch.equal(z, again)
+    torch.testing.assert_close(z, method.key.projector(features.flatten(0, 1)).unflatten(0, (6, 4)))
+    (p,) = (z for _, z in method.query(view))
+    assert p.shape == z.shape and not torch.allclose(p, z, rtol=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size, groups", [(3, [3, 3]), (4, [3, 3]), (2, [2, 2, 2])])
+def test_batch_statistics_are_the_groups_own(size, groups, monkeypatch):
+    """Images in groups, regions with their images: each group alone gives the same (B15).
+
+    Running statistics follow the first group alone (B17).
+    """
+    monkeypatch.setattr(common, "GROUP", size)
+    encoder, drawn = d3ssl.Encoder("resnet18", norm=True), batch_of(6)
+    alone, x, boxes = copy.deepcopy(encoder), common.normalise(drawn.view_1), drawn.boxes_1
     (whole,) = encoder((x, boxes))
-    for part in (slice(0, 3), slice(3, 6)):
-        (alone,) = encoder((x[part], boxes[part]))
-        torch.testing.assert_close(whole[part], alone, rtol=1e-4, atol=1e-5)
-    encoder.group_size = None
-    assert (encoder((x, boxes))[0] - whole).abs().max() > 1e-3
+    for number, rows in enumerate(torch.arange(6).split(groups)):
+        for got, want in zip(whole, alone.encode(x[rows], boxes[rows]), strict=True):
+            torch.testing.assert_close(got[rows], want, rtol=1e-4, atol=1e-5)
+        if number == 0:
+            buffers = dict(encoder.named_buffers())
+            assert buffers["projector.1.num_batches_tracked"] == buffers["trunk.bn1.num_batches_tracked"] == 1
+            for name, want in alone.named_buffers():
+                torch.testing.assert_close(buffers[name], want, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(common, "GROUP", 32)
+    assert (encoder((x, boxes))[0][1] - whole[1]).abs().max() > 1e-3
 
 
-def test_images_and_boxes_stay_together_through_shuffling():
+@torch.no_grad()
+def test_soco_has_the_batch_statistics_of_the_batch(monkeypatch):
+    monkeypatch.setattr(common, "GROUP", 2)
+    encoder, drawn = build("--framework", "soco").query, batch_of(6)
+    x, boxes = common.normalise(drawn.view_1), drawn.boxes_1
+    alone = copy.deepcopy(encoder)
+    for got, want in zip(encoder((x, boxes))[0], alone.encode(x, boxes), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_images_and_boxes_stay_together_through_shuffling(monkeypatch):
     """In evaluation mode company does not matter: shuffled or not, each region has the same vector, in its place."""
     method, drawn = build().eval(), batch_of(6)
     view = (common.normalise(drawn.view_1), drawn.boxes_1)
-    (z,) = method.teach(torch.tensor([3, 0, 5, 1, 2, 4]), view)
-    with torch.no_grad():
-        want = F.normalize(method.key(view)[0], dim=2)
-    torch.testing.assert_close(z, want, rtol=1e-4, atol=1e-5)
+    calls = recorded(method, "key", monkeypatch)
+    for step in (0, 3):
+        (z,) = method.teach(step, view)
+        permutation = torch.randperm(6, generator=common.generator("shuffle", 1, step))
+        assert (permutation != torch.arange(6)).any()
+        ((given,),) = calls
+        assert all(torch.equal(x, whole[permutation]) for x, whole in zip(given, view, strict=True))
+        ((_, want),) = method.key(view)
+        calls.clear()
+        torch.testing.assert_close(z, want, rtol=1e-4, atol=1e-5)
     assert (want[0] - want[1]).abs().max() > 1e-3  # images differ, so would a mix-up
 
 
@@ -681,10 +854,7 @@ def recorded(method, name, monkeypatch):
 def test_iteration_by_hand(depositioning, monkeypatch):
     """Eqs. 2 to 10 with loops and the two networks, which views go to whom, the bank before and after."""
     method, drawn = build() if depositioning else build("--no-depositioning"), batch_of(6)
-    with torch.no_grad():
-        for p in method.key.parameters():
-            p.mul_(1.05)  # a teacher of its own
-    before = [p.clone() for p in method.key.parameters()]
+    before = make_teacher_differ(method)
     bank = method.bank.vectors.clone()
     students, teachers = recorded(method, "query", monkeypatch), recorded(method, "key", monkeypatch)
     loss, values = method(method.query, drawn, 0)
@@ -706,11 +876,12 @@ def test_iteration_by_hand(depositioning, monkeypatch):
     torch.testing.assert_close(second[0], x2[permutation], rtol=1e-5, atol=1e-5)
     assert torch.equal(first[1], drawn.boxes_1[permutation]) and torch.equal(second[1], drawn.boxes_2[permutation])
 
-    for p, old, student in zip(method.key.parameters(), before, method.query.parameters(), strict=True):
-        torch.testing.assert_close(p, 0.999 * old + 0.001 * student)  # it follows first, then it is asked
+    student = dict(method.query.named_parameters())
+    for name, p in method.key.named_parameters():
+        torch.testing.assert_close(p, 0.999 * before[name] + 0.001 * student[name])  # it follows, then it encodes
     with torch.no_grad():
-        z_s = [F.normalize(z, dim=2) for z in method.query(*views)]
-        t1, t2 = (F.normalize(z, dim=2) for z in method.key((hat_1, drawn.boxes_1), (x2, drawn.boxes_2)))
+        z_s = [F.normalize(z, dim=2) for _, z in method.query(*views)]
+        t1, t2 = (F.normalize(z, dim=2) for _, z in method.key((hat_1, drawn.boxes_1), (x2, drawn.boxes_2)))
     nce = lambda a, b: naive_nce(a, b, bank, 0.2)  # noqa: E731
     dc = nce(z_s[0], t2) + nce(z_s[1], t1)
     dp = nce(z_s[2], t2) + nce(z_s[2], t1) if depositioning else 0
@@ -726,34 +897,30 @@ def test_iteration_by_hand(depositioning, monkeypatch):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in method.query.parameters())
 
 
-def test_x3_is_composed_on_another_images_x2(monkeypatch):
+@pytest.mark.parametrize("group", [32, 3])
+def test_x3_is_composed_on_another_images_x2(group, monkeypatch):
+    """... of the same group. The distance changes from step to step."""
+    monkeypatch.setattr(common, "GROUP", group)
     method, drawn = build(), batch_of(6)
     calls = recorded(method, "query", monkeypatch)
-    x2 = common.normalise(drawn.view_2)
+    x2, of_first = common.normalise(drawn.view_2), set()
     for step in range(4):
         method(method.query, drawn, step)
         x3, boxes = calls[-1][2]
         where = torch.rand((), generator=common.generator("background", 1, step)).item()
-        other = d3ssl.other_images(6, 6, where)
+        other = d3ssl.other_images(6, group, where)
+        of_first.add(int(other[0]))
         holes = ~drawn.mask_3
         for b in range(6):
             assert torch.equal(x3[b][:, holes[b]], x2[other[b]][:, holes[b]])
+            assert group == 32 or other[b] // 3 == b // 3
         assert torch.equal(boxes, drawn.boxes_2 + drawn.shift.repeat(1, 2)[:, None])
-    assert len({int(d3ssl.other_images(6, 6, torch.rand((), generator=common.generator("background", 1, s)).item())[0]) for s in range(9)}) > 2  # fmt: skip
-
-
-def test_bank_both_keeps_the_clean_view_too():
-    method, drawn = build("--bank", "both", "--queue-size", "48"), batch_of(6)
-    method(method.query, drawn, 0)
-    with torch.no_grad():
-        inputs = d3ssl.network_inputs(drawn, torch.arange(6))
-        t1, t2 = (F.normalize(z, dim=2).flatten(0, 1) for z in method.key(inputs.x1, inputs.x2))
-    torch.testing.assert_close(method.bank.vectors, torch.cat([t1, t2]), rtol=1e-3, atol=1e-4)
+    assert len(of_first) > 1
 
 
 def test_a_batch_without_any_proposal_trains_on():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 90, 3), np.uint8))
-    drawn = d3ssl.draw_batch(views_of(), [(image, torch.zeros(0, 4))] * 6, "cpu", "none")
+    drawn = batched([(image, torch.zeros(0, 4))] * 6, "none")
     method = build()
     loss, values = method(method.query, drawn, 0)
     loss.backward()
@@ -767,95 +934,102 @@ def test_health_values_against_a_count():
     stuck[2] = torch.tensor([3.0, 8, SIZE - 12, SIZE - 7])  # 15 pixels of play along both axes: less than a cell
     stuck[3] = torch.tensor([3.0, 8, SIZE - 13, SIZE - 7])  # 16 along x
     drawn = drawn._replace(boxes_2=stuck, found=torch.tensor([4, 0, 3, 4, 1, 0]))
-    values = d3ssl.health(drawn, SIZE, z)
+    values = d3ssl.health(drawn, z)
     assert values["proposals"] == 2 and values["empty"].item() == pytest.approx(2 / 6)
     assert values["stuck"].item() == pytest.approx(1 / 6)
     assert values["shift"].item() == pytest.approx(np.mean([math.hypot(*t) for t in drawn.shift.tolist()]), rel=1e-5)
     assert values["std"].item() == pytest.approx(float(z.flatten(0, 1).var(0, correction=0).sqrt().mean()))
+    drawn_evenly = units(500, 4, 8)
+    assert d3ssl.health(drawn, drawn_evenly)["std"].item() == pytest.approx(values["std_spread"], rel=0.02)
 
 
-def test_losses_and_bank_stay_in_fp32_under_amp(monkeypatch):
-    seen, loss = [], d3ssl.region_contrastive_loss
-    monkeypatch.setattr(d3ssl, "region_contrastive_loss", lambda *a: seen.append([x.dtype for x in a[:3]]) or loss(*a))
-    method = build("--amp", "bf16")
+@pytest.mark.parametrize("framework", ["moco", "soco"])
+def test_losses_and_bank_stay_in_fp32_under_amp(framework, monkeypatch):
+    name = {"moco": "region_contrastive_loss", "soco": "region_cosine_loss"}[framework]
+    seen, outputs, loss = [], [], getattr(d3ssl, name)
+    method = build("--amp", "bf16", "--framework", framework)
+
+    def watch(*tensors, **others):
+        kinds = {x.dtype for x in (*tensors, *others.values()) if isinstance(x, torch.Tensor)}
+        seen.append((kinds, torch.is_autocast_enabled("cpu")))
+        return loss(*tensors, **others)
+
+    monkeypatch.setattr(d3ssl, name, watch)
+    for network in (method.query, method.key):
+        network.projector.register_forward_hook(lambda m, i, out: outputs.append(out.dtype))
     total, _ = method(method.query, batch_of(6), 0)
-    assert seen == [[torch.float32] * 3] * 4 and total.dtype == method.bank.vectors.dtype == torch.float32
+    assert seen == [({torch.float32}, False)] * (4 if framework == "moco" else 2) and total.dtype == torch.float32
+    assert outputs == [torch.bfloat16] * (5 if framework == "moco" else 4)  # the encoders do run in bf16
+    if framework == "moco":
+        assert method.bank.vectors.dtype == torch.float32
 
 
 def test_soco_iteration_by_hand(monkeypatch):
     """The same views to the same networks; predictions against projections, both ways; momentum 0.99 rising to 1."""
     drawn = batch_of(6)
-    for step, momentum in ((0, 0.99), (2, 0.9909549), (10, 1.0)):
+    for step, momentum in ((0, 0.99), (2, 0.9909549), (5, 0.995), (10, 1.0)):  # of 10
         method = build("--framework", "soco")
-        with torch.no_grad():
-            for p in method.key.parameters():
-                p.mul_(1.05)
-        before = [p.clone() for p in method.key.parameters()]
+        before, student = make_teacher_differ(method), dict(method.query.named_parameters())
         students, teachers = recorded(method, "query", monkeypatch), recorded(method, "key", monkeypatch)
         loss, values = method(method.query, drawn, step)
-        for p, old, student in zip(method.key.parameters(), before, method.query.encoder.parameters(), strict=True):
-            torch.testing.assert_close(p, momentum * old + (1 - momentum) * student)
+        for name, p in method.key.named_parameters():
+            moved = (p - before[name]).norm() / (student[name] - before[name]).norm()
+            assert moved.isnan() or moved.item() == pytest.approx(1 - momentum, rel=0.02, abs=1e-6)  # 0 / 0: a zero
+            torch.testing.assert_close(p, momentum * before[name] + (1 - momentum) * student[name])
     inputs = d3ssl.network_inputs(drawn, torch.arange(6))
     for given, wanted in ((students[0], (inputs.x1, inputs.x2_s)), (teachers[0], (inputs.x1, inputs.x2))):
         assert len(given) == 2
         for (x, boxes), (want, where) in zip(given, wanted, strict=True):
             assert torch.equal(x, want) and torch.equal(boxes, where)
-    p_1, p_2 = (p.flatten(0, 1) for p in method.query(inputs.x1, inputs.x2_s))
-    z_1, z_2 = (z.flatten(0, 1) for z in method.key(inputs.x1, inputs.x2))
+    p_1, p_2 = (p.flatten(0, 1) for _, p in method.query(inputs.x1, inputs.x2_s))
+    z_1, z_2 = (z.flatten(0, 1) for _, z in method.key(inputs.x1, inputs.x2))
     cosine = lambda a, b: (F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1).mean()  # noqa: E731
     assert loss.item() == pytest.approx((-2 * cosine(p_1, z_2) - 2 * cosine(p_2, z_1)).item(), rel=1e-3)
+    assert loss.item() == values["loss_dc"].item() and "loss_dp" not in values and method.bank is None
     loss.backward()
     assert all(p.grad is None for p in method.key.parameters())
     assert all(p.grad is not None for p in method.query.parameters())
 
 
-def test_see_shows_what_the_networks_compare():
-    """The picture's similarities: the student's x3 (else x2-s) against the teacher's x2, and nothing is changed by looking."""
+def test_see_shows_what_the_networks_compare(monkeypatch):
+    """The picture has the views as the networks get them, and x3's mask.
+
+    Its similarities are of the student's x3 (else x2-s) and the teacher's x2.
+    """
+    seen = []
+    monkeypatch.setattr(look, "draw_regions", lambda *a: seen.append(a))
     for flags in ((), ("--no-depositioning",), ("--framework", "soco")):
         method, drawn = build(*flags), batch_of(6)
+        make_teacher_differ(method)
         with torch.no_grad():
-            for p in method.key.parameters():
-                p.mul_(1.05)
-        inputs, similarity = method.see(drawn)
-        student = method.query(inputs.x2_s if flags else inputs.x3)[0]
-        teacher = method.key(inputs.x2)[0]
+            method.draw("x.png", *drawn)
+            path, views, mask, similarity = seen.pop()
+            inputs = d3ssl.network_inputs(drawn, d3ssl.other_images(6, 32, 0.5))
+            student = method.query(inputs.x2_s if flags else inputs.x3)[0][1]
+            teacher = method.key(inputs.x2)[0][1]
+        assert path == "x.png" and [title.split(",")[0] for title in views] == ["x1", "x2", "x2-s", "x3"][: len(views)]
+        for given, want in zip(views.values(), inputs[: 3 if flags else 4], strict=True):
+            assert all(torch.equal(*pair) for pair in zip(given, want, strict=True))
+        assert mask is (None if flags else drawn.mask_3)
         for b, i, j in itertools.product(range(6), range(4), range(4)):
             want = F.cosine_similarity(student[b, i], teacher[b, j], dim=0)
             assert similarity[b, i, j].item() == pytest.approx(want.item(), abs=1e-3)
 
 
-def test_found_again_against_a_loop():
-    student, teacher = torch.randn(5, 4, 6), torch.randn(5, 4, 6)
-    teacher[:3] = student[:3] + 0.3 * teacher[:3]
-    known = torch.arange(4) < torch.tensor([4, 3, 1, 2, 0])[:, None]
-    same, chance = d3ssl.found_again(student * 3, teacher, known)
-    count = 0
-    for b, n in enumerate((4, 3, 1, 2, 0)):
-        for k in range(4):
-            if k >= n:
-                assert not same[b, k] and chance[b, k] == 0  # a repeated box is no object
-                continue
-            cosines = [F.cosine_similarity(student[b, k], teacher[b, j], dim=0) for j in range(n)]
-            assert same[b, k] == (int(np.argmax(cosines)) == k) and chance[b, k].item() == pytest.approx(1 / n)
-            count += int(same[b, k])
-    assert same.sum() == count > 6
-
-
 class Told(nn.Module):
-    """A method whose features tell which box of the image they are of: where its proposal lies, from what the view shows."""
+    """An encoder whose features tell which box of the image they are of: where its proposal lies, from what it sees."""
 
-    autocast = staticmethod(lambda: torch.autocast("cpu", enabled=False))
+    calls = []
 
-    def __init__(self):
+    def __init__(self, name):
         super().__init__()
-        self.query, self.key = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.BatchNorm2d(3))
-        self.calls = []
-        for name in ("query", "key"):
-            getattr(self, name).features = lambda x, boxes, name=name: self.features(name, x, boxes)
+        self.name, self.norm = name, nn.BatchNorm2d(3)
 
-    def features(self, name, x, boxes):
+    def forward(self, view):
         """Mean coordinates of each box, from a view of a coordinate image, as a direction."""
-        self.calls.append((name, x, boxes, getattr(self, name).training))
+        x, boxes = view
+        self.calls.append((self.name, x, boxes, self.training))
+        self.norm(x)  # changes its running statistics
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (common.PIXEL_MEAN, common.PIXEL_STD))
         shown = (x * std + mean)[:, :2]
         place = torch.stack([
@@ -863,16 +1037,15 @@ class Told(nn.Module):
             for b, own in enumerate(boxes)
         ])  # fmt: skip
         angle = 3 * place
-        return torch.cat([angle.cos(), angle.sin()], 2)
-
-    def see(self, drawn):
-        self.seen = drawn
-        return "inputs", "similarity"
+        return [[torch.cat([angle.cos(), angle.sin()], 2), None]]
 
 
 def test_probe_finds_objects_that_the_features_tell(no_colours, monkeypatch, tmp_path):
-    """Hits near 1 with a stub that sees where a box lies; unjittered boxes and clean views to the right networks in training
-    mode; padding does not count; nothing of the method is changed."""
+    """Hits near 1 with a stub that sees where a box lies.
+
+    The networks get unjittered boxes and clean views, x1 the student and x2 the teacher, in training mode. Padding does
+    not count. Nothing of the method is changed.
+    """
 
     class Coordinates:
         held_out, order = True, torch.arange(40)
@@ -886,34 +1059,41 @@ def test_probe_finds_objects_that_the_features_tell(no_colours, monkeypatch, tmp
         def probe(self, index):
             return coordinate_image(128, 128), some_boxes(2 + index % 2, 128, index, least=40)
 
-    drawn_at = []
-    monkeypatch.setattr(d3ssl, "draw_regions", lambda *a: drawn_at.append(a))
-    method = Told()
-    monkeypatch.setattr(d3ssl.copy, "deepcopy", lambda x: copies.append(x) or x)
-    copies = []
-    args = d3ssl.get_args(["--data", "scenes", "--size", "96", "--output-dir", str(tmp_path)])
-    world = common.World(0, 1, 0, torch.device("cpu"))
-    first = d3ssl.probe(method, Coordinates(), args, world, "start")
-    calls = [*method.calls]
-    assert copies == [method] and d3ssl.probe(method, Coordinates(), args, world, "end") == first  # fixed views
-    assert first["hits"] > 0.93 and 0.33 < first["chance"] < 0.6 and 60 < first["objects"] <= 80
+    monkeypatch.setattr(Told, "calls", [])
+    monkeypatch.setattr(d3ssl.D3SSL, "draw", lambda method, path, *batch: drawn_at.append((path, batch)))
+    drawn_at, written = [], []
+    method = d3ssl.D3SSL(Told("student"))
+    method.key.name = "teacher"
+    run = SimpleNamespace(
+        method=method, images=Coordinates(), args=SimpleNamespace(seed=0, demo=False), device=torch.device("cpu"), rank=0,
+        path=lambda name: str(tmp_path / name), write=lambda probe: written.append(probe),
+    )  # fmt: skip
+    views, plain = (partial(d3ssl.draw_views, size=96, augment=augment) for augment in (AUGMENT, ()))
+    Run.measure(run, "start", views, plain)
+    calls = [*Told.calls]
+    Run.measure(run, "end", views, plain)
+    first, second = written
+    assert first == second  # fixed views
+    assert first["hits"] > 0.93 and 0.33 < first["chance"] < 0.6 and 60 < first["count"] <= 80
     (name_1, x1, boxes_1, training_1), (name_2, x2, boxes_2, training_2) = calls
-    assert (name_1, name_2, training_1, training_2) == ("query", "key", True, True)
-    plain = views_of(size=96, cutout="none", jitter="none", prm="none")
-    want = d3ssl.draw_batch(plain, [Coordinates().probe(i) for i in range(32)], "cpu", "probe", 0, 0)
+    assert (name_1, name_2, training_1, training_2) == ("student", "teacher", True, True)
+    items = [Coordinates().probe(i) for i in range(32)]
+    want = [draw(item, "probe", 0, i, size=96, augment=()) for i, item in enumerate(items)]
+    want = Drawn(*(torch.stack(x) for x in zip(*want, strict=True)))
     assert torch.equal(boxes_1, want.boxes_1) and torch.equal(x1, common.normalise(want.view_1))
     assert torch.equal(boxes_2, want.boxes_2) and torch.equal(x2, common.normalise(want.view_2))
-    assert first["objects"] == int(want.found.sum())
-    path, items, *_ = drawn_at[0]
-    assert path.endswith("regions_start.png") and drawn_at[1][0].endswith("regions_end.png") and len(items) == 6
+    assert first["count"] == int(want.found.sum()) and want.keep_1.all() and want.keep_2.all()
+    assert [path for path, _ in drawn_at] == [str(tmp_path / f"regions_{title}.png") for title in ("start", "end")]
+    assert not Drawn(*drawn_at[0][1]).keep_1.all()  # the picture shows the augmentations
+    assert method.query.norm.num_batches_tracked == method.key.norm.num_batches_tracked == 0
 
 
 def test_picture_shows_each_view_with_its_boxes_and_the_mask(tmp_path):
-    """Plain views: the panels' colours, a box's colour at its edge in each of them, the mask, the similarities."""
-    side, gap = 176, 6
+    """Plain views: the panels' colours, the colours of the boxes at their edges, the mask, the similarities."""
+    side, gap = 224, 6
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (common.PIXEL_MEAN, common.PIXEL_STD))
     shades = dict(x1=0.2, x2=0.4, x2_s=0.6, x3=0.8)
-    boxes = {name: torch.tensor([[[20.0, 30, 60, 70]]]) + 3 * i for i, name in enumerate(shades)}
+    boxes = {name: torch.tensor([[[20.0, 30, 40, 70], [50, 10, 70, 30]]]) + 3 * i for i, name in enumerate(shades)}
     boxes["x2_s"] = boxes["x2_s"] / 2
     views = {
         name: (((shade - mean) / std).expand(1, 3, *([44] * 2 if name == "x2_s" else [88] * 2)), boxes[name])
@@ -922,36 +1102,39 @@ def test_picture_shows_each_view_with_its_boxes_and_the_mask(tmp_path):
     mask = torch.zeros(1, 88, 88, dtype=torch.bool)
     mask[0, 44:] = True
     similarity = torch.tensor([[[0.9, 0.1], [0.3, 0.5]]])
-    item = (Image.new("RGB", (50, 100), (9, 9, 99)), torch.tensor([[10.0, 20, 40, 60]]))
-    for given, columns in ((mask, 7), (None, 5)):
-        d3ssl.draw_regions(tmp_path / "x.png", [item], d3ssl.Inputs(**views), given, similarity)
+    for given, columns in ((mask, 6), (None, 4)):
+        if given is None:
+            del views["x3"]
+        look.draw_regions(tmp_path / "x.png", views, given, similarity)
         sheet = Image.open(tmp_path / "x.png")
-        at = lambda column, x, y: sheet.getpixel((gap + column * (side + gap) + round(x), 20 + round(y)))  # noqa: B023, E731
+        at = lambda column, x, y: sheet.getpixel((gap + column * (side + gap) + int(x), 20 + int(y)))  # noqa: B023, E731
         assert sheet.size == (columns * (side + gap) + gap, side + gap + 20)
-        assert at(0, 170, 170) == (9, 9, 99) and at(0, 10 * side / 50 + 1, 40 * side / 100) == (255, 255, 160)
-        for column, (name, shade) in enumerate(shades.items(), 1):
-            if given is None and name == "x3":
-                break
+        for column, name in enumerate(views):
             zoom = side / (44 if name == "x2_s" else 88)
-            x0, y0, x1, y1 = (boxes[name][0, 0] * zoom).tolist()
-            assert at(column, 170, 170) == (round(255 * shade),) * 3
-            for x, y in ((x0, (y0 + y1) / 2), (x1 - 1, (y0 + y1) / 2), ((x0 + x1) / 2, y0), ((x0 + x1) / 2, y1 - 1)):
-                assert at(column, x, y) == (255, 255, 255), name
-            assert at(column, x0 - 3, y0 - 3) == (round(255 * shade),) * 3
+            shade = (round(255 * shades[name]),) * 3
+            assert at(column, 215, 215) == shade
+            for box, colour in zip(boxes[name][0] * zoom, look.COLOURS, strict=False):
+                x0, y0, x1, y1 = box.tolist()
+                x, y = (x0 + x1) / 2, (y0 + y1) / 2
+                for edge in ((x0, y), (x1 - 1, y), (x, y0), (x, y1 - 1)):
+                    assert at(column, *edge) == colour, name
+                assert at(column, x0 - 3, y0 - 3) == at(column, x, y) == shade
         if given is not None:
-            assert at(5, 88, 80) == (0, 0, 0) and at(5, 88, 96) == (255, 255, 255)
-        brightness = [sum(at(columns - 1, x, y)[:2]) for y in (44, 132) for x in (44, 132)]
+            assert at(4, 112, 105) == (0, 0, 0) and at(4, 112, 119) == (255, 255, 255)
+        brightness = [sum(at(columns - 1, x, y)[:2]) for y in (56, 168) for x in (56, 168)]
         assert np.argsort(brightness).tolist() == [1, 2, 3, 0]  # rows: the student's regions
+    many = {name: [x.expand(8, *x.shape[1:]) for x in view] for name, view in views.items()}
+    look.draw_regions(tmp_path / "x.png", many, None, similarity.expand(8, 2, 2))
+    assert Image.open(tmp_path / "x.png").height == 6 * (side + gap) + 20  # six images of any batch
 
 
 def test_both_encoders_start_from_given_weights(tmp_path):
     weights = torchvision.models.resnet18().state_dict()
     torch.save(weights, tmp_path / "resnet18.pth")
     for flags in ((), ("--framework", "soco")):
-        args = d3ssl.get_args(["--data", "scenes", "--arch", "resnet18", *flags])
-        args.queue_size = 8
-        method = d3ssl.build(args, common.World(0, 1, 0, torch.device("cpu")), 9, str(tmp_path / "resnet18.pth"))
-        for encoder in (d3ssl.online_encoder(method), method.key):
+        args = d3ssl.get_args(["--data", "scenes", "--arch", "resnet18", "--queue-size", "8", *flags])
+        method = d3ssl.build(args, torch.device("cpu"), str(tmp_path / "resnet18.pth"))
+        for encoder in (method.query, method.key):
             assert all(torch.equal(tensor, weights[name]) for name, tensor in encoder.trunk.state_dict().items())
 
 
@@ -989,7 +1172,7 @@ class FakeProposals:
 
 def test_boxes_belong_to_the_image_that_is_read():
     """Rows of the file by name, and the boxes of the neighbour that takes an unreadable image's place."""
-    data = d3ssl.WithProposals(FakeImages(), FakeProposals())
+    data = WithProposals(FakeImages(), FakeProposals())
     for index, row in ((0, 4), (1, 3), (2, 2), (3, 4)):
         (image, boxes), passed = data[index]
         assert boxes.tolist() == [[row, 0, row + 1, 1]] and boxes.dtype == torch.float32
@@ -998,108 +1181,176 @@ def test_boxes_belong_to_the_image_that_is_read():
 
 
 def test_held_out_scenes_come_with_their_objects():
-    from tools.scenes import make_scene
-
-    data = d3ssl.WithProposals(common.Scenes(7, 48, 3), type("All", (FakeProposals,), {"check": lambda *_: None})())
-    assert data.order.sort().values.tolist() == list(range(7))  # pictures show each image once
+    data = WithProposals(images.Scenes(7, 48, 3), type("All", (FakeProposals,), {"check": lambda *_: None})())
+    assert data.order.sort().values.tolist() == list(range(7))  # each image is measured once
     image, boxes = data.probe(2)
     scene = make_scene(3, 9, 48)  # beyond the seven that are trained on
     assert np.array_equal(np.asarray(image), scene["image"]) and boxes.tolist() == scene["boxes"].tolist()
 
 
 DEFAULTS = dict(
-    framework="moco", boxes=4, cutout="prc", jitter="rbj", prm="keep", depositioning=True, temperature=0.2, dim=128,
-    queue_size=65536, bank="augmented", ema=0.999, arch="resnet50", size=224, group_size=32, epochs=800, batch_size=256,
-    lr=0.3, mlp_norm=False, momentum=0.9, weight_decay=1e-4, amp="none", seed=0, init=None, steps=None,
+    framework="moco", augment=["prc", "prm", "rbj"], depositioning=True, temperature=0.2, queue_size=None, ema=0.999,
+    mlp_norm=False, arch="resnet50", size=224, epochs=800, batch_size=256, lr=0.3, amp="none", seed=0, init=None,
+    steps=None,
 )  # fmt: skip
-SOCO = dict(cutout="soco", jitter="none", prm="none", depositioning=False, ema=0.99, dim=256, mlp_norm=True)
+SOCO = dict(augment=["soco-cutout"], depositioning=False, ema=0.99, mlp_norm=True)
+
+
+DEMO = dict(
+    arch="resnet18", size=136, batch_size=64, epochs=2, lr=0.15, queue_size=512, ema=0.9, temperature=0.1, mlp_norm=True
+)
 BASE = ["--data", "x", "--proposals", "y"]
 
 
+def settings(flags):
+    return vars(d3ssl.get_args([*BASE, *flags.split()]))
+
+
+def differing(flags):
+    """What a command line changes in the settings of the bare one."""
+    bare = settings("")
+    return {name: value for name, value in settings(flags).items() if value != bare[name]}
+
+
 def test_defaults():
-    assert {name: getattr(d3ssl.get_args(BASE), name) for name in DEFAULTS} == DEFAULTS
-    soco = d3ssl.get_args([*BASE, "--framework", "soco"])
-    assert {name: getattr(soco, name) for name in DEFAULTS} == DEFAULTS | SOCO | {"framework": "soco"}
-    table_6 = d3ssl.get_args([*BASE, *"--framework soco --cutout prc --jitter rbj --prm".split()])
-    assert (table_6.cutout, table_6.jitter, table_6.prm, table_6.depositioning) == ("prc", "rbj", "keep", False)
+    bare = settings("")
+    assert {name: bare[name] for name in DEFAULTS} == DEFAULTS
+    assert (d3ssl.BOXES, d3ssl.DIM, d3ssl.CELL, common.GROUP) == (4, 128, 16, 32)
+    assert (d3ssl.SOCO_DIM, d3ssl.SOCO_HIDDEN) == (256, 4096)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_presets(fast, monkeypatch):
+    monkeypatch.setattr(d3ssl, "bf16_is_fast", lambda: fast)
+    amp, soco = {"amp": "bf16"} if fast else {}, SOCO | {"framework": "soco"}
+    assert differing("--framework soco") == soco
+    assert differing("--demo") == DEMO | amp | {"demo": True}
+    assert differing("--demo --framework soco") == DEMO | amp | {"demo": True} | soco
     demo = d3ssl.get_args(["--demo", "--arch", "resnet34"])
-    assert (demo.data, demo.arch, demo.size, demo.batch_size, demo.proposals) == (
-        "scenes:2048",
-        "resnet34",
-        136,
-        64,
-        None,
-    )
-    soco = d3ssl.get_args(["--demo", "--framework", "soco", "--ema", "0.9"])
-    assert (soco.cutout, soco.ema, soco.dim, soco.size) == ("soco", 0.9, 256, 136)
+    assert (demo.data, demo.proposals, demo.arch) == ("scenes:2048", None, "resnet34")
+
+
+@pytest.mark.parametrize(
+    "preset, given",
+    [
+        ("--demo", {"arch": "resnet50", "size": 224, "batch_size": 256, "epochs": 800, "queue_size": 65536}),
+        ("--demo", {"lr": 0.3, "ema": 0.999, "temperature": 0.2, "mlp_norm": False, "amp": "none", "data": "z"}),
+        ("--framework soco", {"augment": ["prc", "prm", "rbj"], "ema": 0.999}),  # Table 6
+        ("--framework soco", {"augment": [], "mlp_norm": False}),
+        ("--demo --framework soco", {"ema": 0.9, "augment": ["rbj", "soco-cutout"], "size": 224, "amp": "fp16"}),
+    ],
+)
+def test_what_stands_on_the_command_line_wins(preset, given, monkeypatch):
+    """... over every preset, the defaults of the bare command among the values. Nothing else changes."""
+    monkeypatch.setattr(d3ssl, "bf16_is_fast", lambda: True)
+    without, words = settings(preset), []
+    assert all(without[name] != value for name, value in given.items())
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [f"--{flag}" if value else f"--no-{flag}"]
+        else:
+            words += [f"--{flag}", *(value if isinstance(value, list) else [str(value)])]
+    for flags in (f"{preset} {' '.join(words)}", f"{' '.join(words)} {preset}"):  # in any order
+        assert settings(flags) == without | given
+
+
+def test_augment_takes_at_most_one_of_a_pair_in_any_order():
+    for choice in itertools.product(*((None, *pair) for pair in d3ssl.AUGMENTATIONS)):
+        names = [*filter(None, choice)]
+        for order in itertools.permutations(names):
+            for framework in ("moco", "soco"):
+                flags = f"--framework {framework} --augment {' '.join(order)}"
+                assert settings(flags)["augment"] == sorted(names)
+    assert settings("--augment rbj prc rbj")["augment"] == ["prc", "rbj"]
+    assert settings("--augment prc --augment rbj")["augment"] == ["rbj"]  # the last one wins, as with all flags
+
+
+def refused(capsys, flags):
+    """The message with which a command line is refused."""
+    with pytest.raises(SystemExit) as error:
+        d3ssl.get_args(flags.split())
+    usage, message = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2 and usage.startswith("usage: ") and ": error: " in message
+    return message.split(": error: ")[1]
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--proposals y", "give --data DIR"),
-        ("--data photos", "python -m tools.proposals --data photos --out FILE"),
-        ("--data x --proposals y --size 225", "give an even number"),
-        ("--data x --proposals y --size 32", "--size 32: must be at least 64"),
-        ("--data x --proposals y --boxes 0", "--boxes 0: must be between 1"),
-        ("--data x --proposals y --framework soco --temperature 0.1", "--temperature has no effect here"),
-        ("--data x --proposals y --framework soco --group-size 8", "--group-size has no effect here"),
+        ("--proposals y", "give --data DIR (a folder of images), or --demo"),
+        ("--data photos", "give --proposals FILE, made by: python -m tools.proposals --data photos --out FILE"),
+        ("--data x --proposals y --size 225", "--size 225: must be even and at least 64"),
+        ("--data x --proposals y --size 62", "--size 62: must be even and at least 64"),
         ("--data x --proposals y --framework soco --depositioning", "--depositioning is a loss of D3SSL"),
-        ("--data x --proposals y --ema 1.5", "--ema 1.5: must be between 0 and 1"),
+        ("--data x --proposals y --ema 1.5", "argument --ema: 1.5: must be between 0 and 1"),
+        ("--data x --proposals y --temperature 0", "argument --temperature: 0: must be at least 0.001"),
+        ("--data x --proposals y --queue-size 0", "argument --queue-size: 0: must be at least 1"),
+        ("--data x --proposals y --augment none", "argument --augment: invalid choice: 'none'"),
+        ("--data x --proposals y --augment rbj prc soco-cutout", "--augment prc soco-cutout: one takes the place of"),
+        ("--data x --proposals y --augment prm-erase prm", "--augment prm prm-erase: one takes the place of the other"),
+        ("--data x --proposals y --augment soco-jitter prc rbj", "--augment rbj soco-jitter: one takes the place of"),
+        (
+            "--demo --framework soco --augment prm prm-erase",
+            "--augment prm prm-erase: one takes the place of the other",
+        ),
+        ("--data x --proposals y --cutout none", "unrecognized arguments: --cutout none"),
     ],
 )
-def test_settings_that_make_no_sense(flags, words):
-    with pytest.raises(common.UserError, match=words) as error:
-        d3ssl.get_args(flags.split())
-    assert "\n" not in str(error.value)
+def test_settings_that_make_no_sense(flags, words, capsys):
+    assert refused(capsys, flags).startswith(words)
 
 
-def test_bank_shrinks_to_the_data(capsys):
-    world = common.World(0, 1, 0, torch.device("cpu"))
+def test_bank_shrinks_to_the_data(capsys, monkeypatch, tmp_path):
+    """It holds four keys of an image. SoCo has none."""
+    monkeypatch.setattr(d3ssl.proposals, "attach", lambda run, path: run.images)
+    monkeypatch.setattr(d3ssl, "build", lambda args, *_: sizes.append(args.queue_size) or 1 / 0)
     for flags, size, line in (
-        ("", 256 * 4 * 3, "bank: 3072 regions instead of 65536"),
-        ("--bank both", 256 * 8 * 3, "bank: 6144 regions instead of 65536"),
-        ("--queue-size 5000", 5000, "warning: --queue-size 5000 can hold an image's own regions"),
+        ("", 256 * 4 * 3, "queue: 3072 keys instead of 65536"),
+        ("--queue-size 5000", 5000, "warning: --queue-size 5000 can hold several keys of one image"),
         ("--queue-size 3072", 3072, ""),
+        ("--framework soco", None, ""),
     ):
-        args = d3ssl.get_args([*BASE, *flags.split()])
-        d3ssl.fit_batch_and_queue(args, range(1024 + 5), world)
+        sizes = []
+        with pytest.raises(ZeroDivisionError):
+            d3ssl.train(["--data", f"scenes:{1024 + 5}", "--output-dir", str(tmp_path), *flags.split()])
         out = capsys.readouterr().out
-        assert args.queue_size == size and line in out and (line or not out)
-    for flags, count, words in (
-        ("--batch-size 30", 20, "20 images are fewer"),
-        ("--batch-size 3 --group-size 2", 99, "it has no other's background"),
-    ):
-        with pytest.raises(common.UserError, match=words):
-            d3ssl.fit_batch_and_queue(d3ssl.get_args([*BASE, *flags.split()]), range(count), world)
+        assert sizes == [size] and line in out and (line or not out)
 
 
-def test_yardsticks():
-    world = common.World(0, 1, 0, torch.device("cpu"))
-    for flags, chance, spread in (
-        ("", 4 * math.log(65537), 128**-0.5),
-        ("--no-depositioning --dim 64", 2 * math.log(65537), 1 / 8),
-        ("--framework soco", None, 1 / 16),
-    ):
-        found = d3ssl.yardsticks(d3ssl.get_args([*BASE, *flags.split()]), None, world)
-        assert found["loss_chance"] == (chance and pytest.approx(chance)) and found["std_spread"] == pytest.approx(
-            spread
-        )
+@pytest.mark.parametrize(
+    "flags, chance, D",
+    [
+        ("", 4 * math.log(21), 128),
+        ("--no-depositioning", 2 * math.log(21), 128),
+        ("--framework soco", None, 256),
+    ],
+)
+def test_yardsticks(flags, chance, D):
+    """A log averages tensors and takes numbers as they are: the loss and the spread of a guess."""
+    method = build(*flags.split())
+    loss, values = method(method.query, batch_of(6), 0)
+    plain = {name: value for name, value in values.items() if not torch.is_tensor(value)}
+    assert plain == pytest.approx({"std_spread": D**-0.5} | ({"loss_chance": chance} if chance else {}))
+    assert all(type(value) is float for value in plain.values())
+    assert all(values[name].ndim == 0 for name in values.keys() - plain.keys()) and loss.ndim == 0
 
 
-LIFTED = {  # as README's table has it: what each piece needs
-    "proposal_cutout": "pixel_slices", "proposal_mask": "pixel_slices foreground_mask", "restricted_jitter": "",
-    "soco_cutout": "pixel_slices", "soco_jitter": "", "foreground_mask": "pixel_slices", "shift_range": "", "compose": "",
-    "choose_boxes": "boxes_in_view", "boxes_in_view": "", "flip_boxes": "", "other_images": "",
-    "region_contrastive_loss": "negative_logsumexp NegativeLogSumExp",
+LIFTED = {  # as the table of docs/d3ssl.md has it: what each piece needs
+    "proposal_cutout": "pixel_slices", "proposal_mask": "foreground_mask pixel_slices", "restricted_jitter": "",
+    "soco_cutout": "pixel_slices", "soco_jitter": "", "foreground_mask": "pixel_slices", "pixel_slices": "",
+    "shift_range": "", "compose": "", "choose_boxes": "boxes_in_view", "boxes_in_view": "", "flip_boxes": "",
+    "distorted_view": "", "other_images": "", "region_contrastive_loss": "negative_logsumexp NegativeLogSumExp",
+    "region_cosine_loss": "",
 }  # fmt: skip
 
 
 def test_pieces_work_alone(monkeypatch):
-    """The source of each piece with what README says it needs, and only libraries in scope, passes the same oracles."""
+    """The source of each piece with what docs/d3ssl.md says it needs, and only libraries in scope, passes the same oracles."""
     for name, others in LIFTED.items():
-        pieces = {piece.__name__: piece for piece in lifted("d3ssl.py", name, *others.split())}
-        monkeypatch.setattr(d3ssl, name, pieces[name])
+        alone, *_ = lifted("d3ssl.py", name, *others.split())
+        assert alone is not getattr(d3ssl, name)
+        monkeypatch.setattr(d3ssl, name, alone)
     test_prc_against_sets_of_pixels()
     test_prm_shows_background_from_all_sides_and_never_touches_boxes()
     test_rbj_stays_inside_and_is_never_larger()
@@ -1109,5 +1360,7 @@ def test_pieces_work_alone(monkeypatch):
     test_shift_range_by_trying_all_shifts()
     test_composition_moves_pixels_by_exactly_t()
     test_boxes_wholly_inside_the_crop_come_first()
+    test_views_follow_the_recipe()
     test_loss_against_a_naive_loop_value_and_gradient()
+    test_soco_loss_and_its_stop_gradient()
     test_background_is_another_image_of_the_group(7, 4)

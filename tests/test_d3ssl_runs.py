@@ -1,6 +1,11 @@
-"""d3ssl.py as its user starts it: proposals first, outputs, killed runs, ablations; what all methods share is tested with setsim.py."""
+"""d3ssl.py as its user starts it: proposals, outputs, killed runs, processes, ablations.
 
+What all methods share is tested with setsim.py.
+"""
+
+import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -11,6 +16,7 @@ import pytest
 import torch
 import torchvision
 from helpers import (
+    ROOT,
     TINY,
     assert_same,
     checkpoint,
@@ -25,17 +31,16 @@ from PIL import Image
 
 import common
 import d3ssl
-from tools import proposals
+from harness import images, proposals
+from harness.run import Run
 
-SOCO = [flag for flag in TINY if flag not in ("--queue-size", "24", "--group-size", "4")] + ["--framework", "soco"]
-
-
+SOCO = [*TINY, "--framework", "soco"]
 SCENES = "scenes-32-64-0.proposals"
 
 
 def train(*flags):
     """The script within this process, which saves the seconds that a new interpreter needs to import torch."""
-    d3ssl.main([str(flag) for flag in flags])
+    d3ssl.train([str(flag) for flag in flags])
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def folder_of_images(tmp_path_factory):
     """16 images and the file of their proposals."""
     folder = write_images(tmp_path_factory.mktemp("images"), 16, size=(90, 70))
     path = folder / "boxes.proposals"
-    proposals.make(common.open_images(str(folder), 0, 0), str(path), "single", 0)
+    proposals.make(images.open_images(str(folder), 0, 0), str(path))
     return folder, path
 
 
@@ -65,7 +70,7 @@ def test_outputs(finished):
     assert header["command"].split()[1].endswith("d3ssl.py") and "boxes, single" in header["settings"]["files"]
     assert [line["step"] for line in steps] == [2, 4, 6, 8]
     for line in (start, end):
-        assert 0 <= line["probe"]["hits"] <= 1 and line["probe"]["objects"] > 50
+        assert 0 <= line["probe"]["hits"] <= 1 and line["probe"]["count"] > 50
         assert 0.25 <= line["probe"]["chance"] < 0.7
     values = "loss loss_dc loss_dp proposals empty shift stuck std lr bad_images loss_chance std_spread images_per_s data_share"
     assert all(set(values.split()) <= line.keys() for line in steps)
@@ -75,20 +80,20 @@ def test_outputs(finished):
     state = checkpoint(folder)
     assert state["script"] == "d3ssl" and state["model"]["bank.pointer"].item() == 8 * 8 * 4 % 24
     for title in ("start", "end"):
-        assert f"{title} of training: " in text and "objects of held-out scenes are found again in another view" in text
+        assert (
+            f"{title} of training: " in text and "regions are found again in another view, on held-out scenes" in text
+        )
     backbone = torch.load(folder / "resnet18.pth")
     result = torchvision.models.resnet18().load_state_dict(backbone, strict=False)
     assert (result.missing_keys, result.unexpected_keys) == (["fc.weight", "fc.bias"], [])
-    assert torch.equal(
-        backbone["layer4.1.bn2.weight"], state["model"]["query.trunk.layer4.1.bn2.weight"]
-    )  # the student's
+    of_student = state["model"]["query.trunk.layer4.1.bn2.weight"]
+    assert torch.equal(backbone["layer4.1.bn2.weight"], of_student)
 
 
 def test_everything_is_trained(finished):
     """Stem, res5 and projector all move away from their start."""
     folder, _ = finished
-    args = d3ssl.get_args(TINY)
-    start = d3ssl.build(args, common.World(0, 1, 0, torch.device("cpu")), 8).state_dict()
+    start = d3ssl.build(d3ssl.get_args(TINY), torch.device("cpu")).state_dict()
     end = checkpoint(folder)["model"]
     for name in (
         "trunk.conv1.weight",
@@ -101,18 +106,27 @@ def test_everything_is_trained(finished):
         assert moved > 0 and 0 < followed < 0.1 * moved  # the teacher slowly follows
 
 
-@pytest.mark.parametrize("name", ["moco", "soco"])
-def test_interrupted_equals_uninterrupted(name, finished, tmp_path):
-    """Stopped between two checkpoints of epochs, every bit as if it had never stopped."""
-    flags, whole = {"moco": (TINY, finished[0]), "soco": (SOCO, tmp_path / "whole")}[name]
-    flags = [*flags, "--print-freq", "4"]
-    if name == "soco":
+@pytest.mark.parametrize("framework", ["moco", "soco"])
+def test_interrupted_equals_uninterrupted(framework, finished, tmp_path, monkeypatch):
+    """Stopped between two checkpoints of epochs, every bit as if it had never stopped.
+
+    SoCo's m rises over the schedule, not over the steps of one start.
+    """
+    flags, whole = {"moco": (TINY, finished[0]), "soco": (SOCO, tmp_path / "whole")}[framework]
+    flags = [*flags, "--proposals", finished[0] / SCENES, "--print-freq", "4"]
+    momenta, update = [], common.momentum_update
+    monkeypatch.setattr(common, "momentum_update", lambda key, query, m: momenta.append(m) or update(key, query, m))
+    monkeypatch.setattr(Run, "measure", lambda *_: None)
+    if framework == "soco":
         train(*flags, "--output-dir", whole)
     for steps in (3, 8):
         train(*flags, "--output-dir", tmp_path / "parts", "--steps", steps)
     assert_same(checkpoint(tmp_path / "parts"), checkpoint(whole))
-    backbone = "query.encoder.trunk.conv1.weight" if name == "soco" else "query.trunk.conv1.weight"
-    assert torch.equal(torch.load(whole / "resnet18.pth")["conv1.weight"], checkpoint(whole)["model"][backbone])
+    backbone = checkpoint(whole)["model"]["query.trunk.conv1.weight"]
+    assert torch.equal(torch.load(whole / "resnet18.pth")["conv1.weight"], backbone)
+    rising = [1 - 0.01 * (math.cos(math.pi * step / 8) + 1) / 2 for step in range(8)]
+    assert momenta[::2] == momenta[1::2]  # trunk and projector
+    assert momenta[::2] == ([0.999] * 8 if framework == "moco" else pytest.approx(rising * 2))
 
 
 @pytest.mark.slow
@@ -151,6 +165,75 @@ def test_a_folder_with_its_file_of_proposals(folder_of_images, tmp_path):
     assert line["step"] == 2 and line["bad_images"] == 1
 
 
+GROUPS_OF_FOUR = """
+import common, d3ssl
+from harness.run import Run, main
+common.GROUP = 4
+Run.measure = lambda *_: None
+main(d3ssl.train)
+"""
+
+
+def test_one_process_equals_two_in_every_tensor(finished, tmp_path, monkeypatch):
+    """8 images in one process or 4 in each of two, in groups of 4: all that rank 0 saves (B15, B17).
+
+    Losses, gradients, bank and running statistics. SGD's buffers are sums of the gradients of both steps.
+    """
+    flags = "--queue-size 100 --mlp-norm --lr 0.5 --steps 2 --print-freq 1".split()
+    flags = [*TINY, *flags, "--proposals", finished[0] / SCENES, "--output-dir"]
+    script = tmp_path / "groups_of_four.py"
+    script.write_text(GROUPS_OF_FOUR)
+    run(script, *flags, tmp_path / "two", processes=2, env={"PYTHONPATH": str(ROOT)})
+    monkeypatch.setattr(common, "GROUP", 4)
+    monkeypatch.setattr(Run, "measure", lambda *_: None)
+    train(*flags, tmp_path / "one")
+    one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    assert one["settings"] | {"processes": 2} == two["settings"]
+    assert one["model"].keys() == two["model"].keys()
+    counts = {"query": 2 * 3, "key": 2 * 2}  # the first group of each view, in two steps
+    for name, tensor in one["model"].items():
+        if name.endswith(("num_batches_tracked", "pointer")):
+            assert torch.equal(two["model"][name], tensor)
+            assert tensor == (2 * 8 * 4 if "pointer" in name else counts[name.split(".")[0]])
+        else:  # fp32, sums in another order
+            limit = 1e-4 if "running" in name or "bank" in name else 5e-3
+            assert (two["model"][name] - tensor).norm() <= limit * tensor.norm(), name
+    gradients = ([x["momentum_buffer"] for x in state["optimizer"]["state"].values()] for state in (one, two))
+    for i, (gradient, other) in enumerate(zip(*gradients, strict=True)):
+        assert (other - gradient).norm() <= 0.01 * gradient.norm() > 0, i
+    for line, other in zip(*(log_lines(tmp_path / name) for name in ("one", "two")), strict=True):
+        if "loss" in line:  # means over the processes
+            for name in "loss loss_dc loss_dp proposals empty shift stuck loss_chance std_spread".split():
+                assert other[name] == pytest.approx(line[name], rel=1e-4), name
+
+
+def test_settings_reach_views_and_optimiser(tmp_path, monkeypatch):
+    """Size and augmentations of the views, none for the measurement; weight decay on everything (B3)."""
+    views, optimisers = [], []
+    steps, sgd = Run.steps, torch.optim.SGD
+    monkeypatch.setattr(Run, "measure", lambda *_: None)
+    monkeypatch.setattr(Run, "steps", lambda run, *a: views.extend(a) or steps(run, *a))
+    monkeypatch.setattr(torch.optim, "SGD", lambda *a, **k: optimisers.append(sgd(*a, **k)) or optimisers[-1])
+    flags = [*TINY, "--data", "scenes:8", "--output-dir", tmp_path, "--lr", "0.32"]  # one step an epoch, two epochs
+    train(*flags, *"--size 96 --augment soco-jitter prm".split())
+    item = Image.new("RGB", (90, 70)), torch.tensor([[5.0, 5, 60, 65], [20, 10, 80, 60]])
+    for function, augment in zip(views, (["prm", "soco-jitter"], []), strict=True):
+        function = pickle.loads(pickle.dumps(function))  # as workers get it where they do not fork
+        for i in range(5):
+            with common.drawing("reach", i):
+                got = function(item)
+            with common.drawing("reach", i):
+                want = d3ssl.draw_views(item, 96, augment)
+            assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+    (optimiser,) = optimisers
+    (group,) = optimiser.param_groups
+    assert group["lr"] == pytest.approx(0.32 * 8 / 256 / 2)  # of the last epoch
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 1e-4)
+    state = checkpoint(tmp_path)["model"]
+    learnt = [name for name in state if name.startswith("query") and "running" not in name and "tracked" not in name]
+    assert sum(p.numel() for p in group["params"]) == sum(state[name].numel() for name in learnt)
+
+
 def test_bad_input_in_one_clear_line(finished, folder_of_images, tmp_path):
     folder, (images, path) = finished[0], folder_of_images
     base = [flag for flag in TINY if flag not in ("--data", "scenes:32")]
@@ -163,8 +246,6 @@ def test_bad_input_in_one_clear_line(finished, folder_of_images, tmp_path):
         (["--data", other, "--proposals", path], "new.png"),
         (["--data", "scenes:32", "--proposals", path], "scene"),
         (["--data", tmp_path / "none", "--proposals", path], "no such folder"),
-        (["--data", "scenes:32", "--output-dir", folder, "--cutout", "none"], "cutout 'prc' -> 'none'"),
-        (["--data", "scenes:32", "--output-dir", folder, "--boxes", "3"], "boxes 4 -> 3"),
         (["--data", "scenes:32", "--output-dir", folder / "log.jsonl"], "--output-dir .*log.jsonl: File exists"),
         (["--data", "scenes:32", "--batch-size", "64"], "32 images are fewer than --batch-size 64"),
     ):
@@ -173,26 +254,40 @@ def test_bad_input_in_one_clear_line(finished, folder_of_images, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_augmentations_of_a_continued_run_are_the_same_in_any_order(finished, capsys):
+    folder, _ = finished
+    before = checkpoint(folder)
+    flags = [*TINY, "--output-dir", folder, "--augment"]
+    train(*flags, "rbj", "prc", "prm")
+    assert "finished, at step 8 of 8" in capsys.readouterr().out
+    for names in ((), ("prc", "rbj"), ("rbj", "prm-erase", "prc")):
+        with pytest.raises(common.UserError) as error:
+            train(*flags, *names)
+        assert f"augment ['prc', 'prm', 'rbj'] -> {sorted(names)}" in str(error.value)
+    assert_same(checkpoint(folder), before)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
-        "--no-depositioning --cutout none --jitter none --prm none",
-        "--amp bf16 --prm erase --bank both",
-        "--framework soco --cutout prc --jitter rbj --prm",
+        "--no-depositioning --augment",
+        "--amp bf16 --augment prc prm-erase rbj",
+        "--framework soco --augment prc rbj prm",
     ],
 )
 def test_variants_run(flags, finished, tmp_path):
-    base, scenes = (SOCO if "soco" in flags else TINY), finished[0] / SCENES
-    train(*base, *flags.split(), "--steps", "2", "--output-dir", tmp_path, "--proposals", scenes)
+    scenes = finished[0] / SCENES
+    train(*TINY, *flags.split(), "--steps", "2", "--output-dir", tmp_path, "--proposals", scenes)
     (line,) = (line for line in log_lines(tmp_path) if "loss" in line)
     assert line["step"] == 2 and ("loss_dp" in line) == ("erase" in flags) and -4 < line["loss"] < 20
+    assert ("loss_chance" in line) == ("soco" not in flags)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["moco", "soco"])
 def test_paper_size_takes_two_steps(framework, monkeypatch, tmp_path):
     """ResNet-50, 224 pixels, a bank of 65536: the paper's command with only --batch-size and --steps changed."""
-    monkeypatch.setattr(d3ssl, "probe", lambda *_: {})
+    monkeypatch.setattr(Run, "measure", lambda *_: None)
     flags = "--data scenes:16 --batch-size 8 --steps 2".split()
     flags += ["--queue-size", "65536"] if framework == "moco" else ["--framework", "soco"]
     train(*flags, "--output-dir", tmp_path)

@@ -5,6 +5,7 @@ import importlib
 import json
 import runpy
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,30 +14,41 @@ from helpers import assert_same, checkpoint, keep_signals, log_lines  # noqa: F4
 from PIL import Image
 
 import common
+import harness.images
+import harness.legacy
+import harness.pictures
+import harness.proposals
+import harness.run
+import harness.weights
 import setsim
 from probes import linear
 
-SMALL = (
-    "--data scenes:8 --arch resnet18 --size 64 --batch-size 4 --workers 0 --epochs 2 --lr 0.5 --print-freq 1 --dim 16"
-)
-MOCO = "--group-size 2 --queue-size 5 --amp fp16"  # the queue wraps around; with fp16 there is a scale to be kept
+SMALL = "--data scenes:8 --arch resnet18 --size 64 --batch-size 4 --workers 0"
+SMALL += " --epochs 2 --lr 0.5 --print-freq 1 --save-every 9"
+MOCO = "--queue-size 5 --amp fp16"  # the queue wraps around; with fp16 there is a scale to be kept
 RUNS = {
     "setsim": f"{SMALL} {MOCO}",
-    "resim": f"{SMALL} {MOCO} --levels c4 --window 16 --stride 16",
+    "resim": f"{SMALL} {MOCO} --levels c4 --window 16 16",
     "d3ssl": f"{SMALL} {MOCO}",
 }
 
 
+@pytest.fixture
+def training_alone(monkeypatch):
+    """Nothing is measured or drawn, which takes most of the time. Groups are of two images."""
+    monkeypatch.setattr(harness.run.Run, "measure", lambda *_: None)
+    monkeypatch.setattr(harness.pictures, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(common, "GROUP", 2)
+
+
 @pytest.mark.parametrize("script", RUNS)
-def test_a_run_in_two_parts_is_the_whole_run(script, tmp_path, monkeypatch):
+def test_a_run_in_two_parts_is_the_whole_run(script, training_alone, tmp_path, monkeypatch):
     """Weights, queue, optimiser, scale and step, bit for bit; the learning rate stays as it is within an epoch."""
     module = importlib.import_module(script)
-    monkeypatch.setattr(module, "probe", lambda *_: {"hits": 0.0})  # takes most of the time
-    monkeypatch.setattr(common, "draw_curves", lambda *_: None)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # CPUs are slow at fp16
     for name, parts in (("whole", (3,)), ("parts", (1, 3))):
         for steps in parts:
-            module.main([*RUNS[script].split(), "--output-dir", str(tmp_path / name), "--steps", str(steps)])
+            module.train([*RUNS[script].split(), "--output-dir", str(tmp_path / name), "--steps", str(steps)])
     whole, parts = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
     assert whole["step"] == 3 and whole["scaler"]["_growth_tracker"] == 3
     for name in ("model", "optimizer", "scaler", "step"):
@@ -45,26 +57,23 @@ def test_a_run_in_two_parts_is_the_whole_run(script, tmp_path, monkeypatch):
     assert rates == pytest.approx([0.5 * 4 / 256 * share for share in (1, 1, 0.5)])
 
 
-def test_predictors_keep_their_rate_and_everything_decays(tmp_path, monkeypatch):
+def test_predictors_keep_their_rate_and_everything_decays(training_alone, tmp_path, monkeypatch):
     """SetSim on SimSiam after the second of two epochs: half the rate but for the predictors; weight decay on norms, too."""
     made, sgd = [], torch.optim.SGD
     monkeypatch.setattr(torch.optim, "SGD", lambda *args, **kwargs: made.append(sgd(*args, **kwargs)) or made[-1])
-    monkeypatch.setattr(setsim, "probe", lambda *_: {"hits": 0.0})
-    monkeypatch.setattr(common, "draw_curves", lambda *_: None)
-    flags = f"{SMALL} --framework simsiam --weight-decay 0.01 --steps 3".split()
-    setsim.main([*flags, "--output-dir", str(tmp_path)])
+    setsim.train([*f"{SMALL} --framework simsiam --steps 3".split(), "--output-dir", str(tmp_path)])
     decaying, constant = made[0].param_groups
     lr = 0.5 * 4 / 256
     assert (decaying["lr"], constant["lr"]) == (pytest.approx(lr / 2), lr)
-    assert sum(p.numel() for p in constant["params"]) == 2 * (16 * 4 + 2 * 4 + 4 * 16 + 16)
-    assert [group["weight_decay"] for group in made[0].param_groups] == [0.01, 0.01]
+    assert sum(p.numel() for p in constant["params"]) == 2 * (512 * 128 + 2 * 128 + 128 * 512 + 512)
+    assert [group["weight_decay"] for group in made[0].param_groups] == [1e-4, 1e-4]
     assert any(p.dim() == 1 for p in decaying["params"])
 
 
 def test_the_two_views_are_different_draws():
     """Of the same image, each with its own crop and colours."""
     pixels = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
-    views = setsim.TwoViews([(Image.fromarray(pixels), 0)], 32, False, 0)
+    views = harness.images.Views([(Image.fromarray(pixels), 0)], partial(setsim.two_views, size=32), 0)
     for epoch in range(3):
         view_q, view_k, window_q, window_k, *_ = views[epoch, 0]
         assert not torch.equal(view_q, view_k) and not torch.equal(window_q, window_k)
@@ -77,13 +86,23 @@ def test_unshuffle_undoes_shuffle():
     assert torch.equal(common.unshuffle(common.shuffle(x, permutation), permutation), x)
 
 
-def test_a_checkpoint_of_other_settings_or_another_script_is_refused(tmp_path):
-    common.Checkpoints(str(tmp_path), "a", {"lr": 1.0, "mu": 0}).save({}, step=2)
-    assert common.Checkpoints(str(tmp_path), "a", {"lr": 1.0, "mu": 0}).load()["step"] == 2
+def load_of_a_method(folder, script, settings):
+    return harness.weights.load_checkpoint(f"{folder}/checkpoint.pth", script, settings)
+
+
+def load_of_a_transfer_script(folder, script, settings):
+    return harness.legacy.Checkpoints(str(folder), script, settings).load()
+
+
+@pytest.mark.parametrize("load", [load_of_a_method, load_of_a_transfer_script])
+def test_a_checkpoint_of_other_settings_or_another_script_is_refused(load, tmp_path):
+    settings = {"lr": 1.0, "mu": 0}
+    harness.legacy.Checkpoints(str(tmp_path), "a", settings).save({}, step=2)
+    assert load(tmp_path, "a", settings)["step"] == 2
     with pytest.raises(common.UserError, match="lr 1.0 -> 2.0"):
-        common.Checkpoints(str(tmp_path), "a", {"lr": 2.0, "mu": 0}).load()
+        load(tmp_path, "a", {"lr": 2.0, "mu": 0})
     with pytest.raises(common.UserError, match="a checkpoint of a.py"):
-        common.Checkpoints(str(tmp_path), "b", {"lr": 1.0, "mu": 0}).load()
+        load(tmp_path, "b", settings)
 
 
 def test_linear_features_are_plain_means_over_cells():
@@ -95,8 +114,6 @@ def test_linear_features_are_plain_means_over_cells():
 
 def test_recall_of_proposals_at_its_two_limits(tmp_path, monkeypatch, capsys):
     """Four objects that boxes overlap by 1, 0.6, 0.4 and 0: half are found at 0.5, a quarter at 0.7."""
-    from tools import proposals
-
     Image.new("RGB", (100, 100)).save(tmp_path / "0.png")
     boxes = [[0, 0, 20, 10], [0, 20, 20, 10], [0, 40, 20, 10], [60, 60, 20, 10]]  # x, y, w, h
     objects = [
@@ -106,8 +123,8 @@ def test_recall_of_proposals_at_its_two_limits(tmp_path, monkeypatch, capsys):
     content = {"images": [{"id": 1, "file_name": "0.png", "width": 100, "height": 100}], "annotations": objects}
     (tmp_path / "a.json").write_text(json.dumps(content | {"categories": [{"id": 1, "name": "thing"}]}))
     found = np.array([[0, 0, 20, 10], [0, 20, 12, 30], [0, 40, 8, 50]])
-    monkeypatch.setattr(proposals, "search", lambda image, strategy: found)
-    monkeypatch.setattr(proposals, "keep", lambda boxes, width, height: (boxes, 0))
+    monkeypatch.setattr(harness.proposals, "search", lambda image, strategy: found)
+    monkeypatch.setattr(harness.proposals, "keep", lambda boxes, width, height: (boxes, 0))
     monkeypatch.setattr(sys, "argv", ["recall", "--images", str(tmp_path), "--annotations", str(tmp_path / "a.json")])
     runpy.run_module("bench.recall", run_name="__main__")
     text = capsys.readouterr().out

@@ -15,6 +15,12 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 import common
+import harness.images
+import harness.legacy
+import harness.look
+import harness.pictures
+import harness.run
+import harness.weights
 import setsim
 import transfer_det as det
 import transfer_seg as seg
@@ -22,14 +28,14 @@ from common import UserError
 from tools import figures
 
 assert keep_signals  # a fixture: it gives signals back that main() takes over
-WORLD = common.World(0, 1, 0, torch.device("cpu"))
+WORLD = harness.legacy.World(0, 1, 0, torch.device("cpu"))
 THRESHOLDS = [50, 55, 60, 65, 70, 75, 80, 85, 90, 95]
 
 
 @pytest.fixture(autouse=True)
 def close_figures():
     yield
-    common.pyplot().close("all")
+    harness.pictures.pyplot().close("all")
 
 
 def drawn(*words):
@@ -236,26 +242,34 @@ def photos(tmp_path_factory):
 def a_checkpoint(path, *flags):
     """checkpoint.pth of setsim.py, whose networks differ and have running statistics."""
     args = setsim.get_args(["--data", "x", "--arch", "resnet18", "--size", "96", *flags])
-    method = setsim.build(args, WORLD)
+    method = setsim.build(args, WORLD.device)
     for place, (name, tensor) in enumerate(method.state_dict().items()):
         if name.endswith("running_mean"):
             tensor += 0.1 * torch.rand(tensor.shape, generator=torch.Generator().manual_seed(place))
-    settings = {name: value for name, value in vars(args).items() if name not in setsim.FREE}
+    settings = {name: value for name, value in vars(args).items() if name not in harness.run.NO_INFLUENCE}
     settings |= {"files": "8 images", "processes": 1}
     torch.save({"script": "setsim", "settings": settings, "step": 7, "model": method.state_dict()}, path)
     return args, method
 
 
+def assert_match(found, row, one):
+    """One row of a Match is the Match of that image alone: attention and sets of both views, similarity, positives."""
+    theirs, ours = ((*m.attention, *m.sets, m.similarity, m.positives) for m in (found, one))
+    assert len(theirs) == len(ours) == 6
+    for place, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+        assert torch.allclose(a[row].float(), b[0].float(), atol=1e-4), place
+
+
 @pytest.mark.parametrize(
     "flags",
-    [["--amp", "bf16", "--queue-size", "8"], ["--framework", "simsiam", "--dim", "16"]],
+    [["--amp", "bf16", "--queue-size", "8"], ["--framework", "simsiam"]],
     ids=["moco", "simsiam"],
 )
 def test_matches_are_those_of_setsims_matcher_for_that_image(tmp_path, photos, monkeypatch, flags):
     args, method = a_checkpoint(tmp_path / "checkpoint.pth", *flags)
     seen = []
-    draw = setsim.draw_matches
-    monkeypatch.setattr(setsim, "draw_matches", lambda *a: seen.append(a) or draw(*a))
+    draw = harness.look.draw_matches
+    monkeypatch.setattr(harness.look, "draw_matches", lambda *a, **more: seen.append(a) or draw(*a, **more))
     figures.main(
         ["matches", str(tmp_path / "checkpoint.pth"), str(photos), "--count", "2", "--out", str(tmp_path / "m.png")]
     )
@@ -264,21 +278,16 @@ def test_matches_are_those_of_setsims_matcher_for_that_image(tmp_path, photos, m
     method.eval()
     for row, name in enumerate(("0000.png", "0004.png")):
         with common.drawing("figure", 0, name):
-            image = common.read_image(photos / name)
-            (q, window_q), (k, window_k) = (setsim.random_view(image, 96, False) for _ in range(2))
+            image = harness.images.read_image(photos / name)
+            (q, window_q), (k, window_k) = (setsim.random_view(image, 96) for _ in range(2))
         assert torch.equal(view_q[row], q) and torch.equal(view_k[row], k) and not torch.equal(q, k)
         key = method.key if args.framework == "moco" else method.query
         with torch.no_grad():  # one image alone, the networks one after the other
             z_q, z_k = (f.trunk(common.normalise(x[None]))[-1] for f, x in ((method.query, q), (key, k)))
-        one = setsim.match(
-            z_q, z_k, window_q[None], window_k[None], args.matcher, args.attention, args.threshold, args.ratio, args.mu,
-            False, args.geometry,
-        )  # fmt: skip
-        for name, tensor in one._asdict().items():
-            theirs = getattr(found, name)[row]
-            assert torch.allclose(theirs.float(), tensor[0].float(), atol=1e-4), name
-        assert one.set_q.any() and one.positives.any()
-    assert not torch.equal(found.attention_q[0], found.attention_q[1])
+        one = setsim.match(z_q, z_k, window_q[None], window_k[None], args.matcher, args.set, args.geometry, False)
+        assert_match(found, row, one)
+        assert one.sets[0].any() and one.positives.any()
+    assert not torch.equal(found.attention[0][0], found.attention[0][1])
     assert Image.open(tmp_path / "m.png").size == (5 * 230 + 6, 2 * 230 + 20)
 
 
@@ -301,19 +310,21 @@ def test_crops_are_framed_in_the_image_they_are_from():
 
 
 @pytest.mark.parametrize(
-    "flags", [["--threshold", "0.3", "--attention", "square"], ["--ratio", "40"]], ids=["threshold", "ratio"]
+    "flags", [["--set", "0.3", "--preset", "official"], ["--set", "40%"]], ids=["threshold", "ratio"]
 )
 def test_attention_of_setsims_checkpoint_is_its_own(tmp_path, photos, flags):
     args, method = a_checkpoint(tmp_path / "checkpoint.pth", "--queue-size", "8", *flags)
-    size = 128 if args.ratio else 96  # given, or the run's own
-    more = ["--size", "128"] if args.ratio else []
+    ratio = args.set == "40%"
+    size = 128 if ratio else 96  # given, or the run's own
+    more = ["--size", "128"] if ratio else []
     figure = drawn("attention", tmp_path / "checkpoint.pth", photos, "--count", 1, *more)
-    image = TF.resize(common.read_image(photos / "0000.png"), size)
+    image = TF.resize(harness.images.read_image(photos / "0000.png"), size)
     with torch.no_grad():
         z = method.eval().query.trunk(common.normalise(TF.pil_to_tensor(image)[None]))[-1]
-    A = setsim.attention_map(z.flatten(2), args.attention)
-    chosen = setsim.ratio_set(A, 40) if args.ratio else setsim.threshold_set(A, 0.3)
-    title = "attention (abs), framed: highest 40 %" if args.ratio else "attention (square), framed: at least 0.3"
+    A = setsim.attention_map(z.flatten(2), square=not ratio)
+    chosen = setsim.ratio_set(A, 40) if ratio else setsim.threshold_set(A, 0.3)
+    statistic, framed = ("sum of |z|", "highest 40%") if ratio else ("mean of z^2", "at least 0.3")
+    title = f"attention ({statistic}), framed: {framed}"
     axis = figure.axes[1]
     assert axis.get_title() == title and np.allclose(pixels(axis, 1).ravel(), A[0], atol=1e-5)
     assert len(axis.patches) == chosen.sum() > 0
@@ -333,36 +344,34 @@ def test_matches_of_any_other_backbone_are_those_of_setsims_defaults(tmp_path, p
         state = {f"query.trunk.{name}": tensor for name, tensor in trunk.state_dict().items()}
         torch.save({"script": "resim", "settings": {"arch": "resnet18", "size": side}, "model": state}, path)
     else:
-        _, method = a_checkpoint(path, "--matcher", "none", "--queue-size", "8")
+        _, method = a_checkpoint(path, "--loss-weight", "0", "--queue-size", "8")
         nets = method.eval().query.trunk, method.key.trunk
     if args is not None:  # the defaults, as literals
-        chosen = (args.matcher, args.attention, args.threshold, args.ratio, args.mu, args.geometry)
-        assert chosen == ("set2set-nn", "abs", 0.7, None, 0.0, None)
-    seen, draw = [], setsim.draw_matches
-    monkeypatch.setattr(setsim, "draw_matches", lambda *a: seen.append(a) or draw(*a))
+        assert (args.matcher, args.set, args.geometry, args.preset) == ("set2set-nn", "0.7", None, "paper")
+    seen, draw = [], harness.look.draw_matches
+    monkeypatch.setattr(harness.look, "draw_matches", lambda *a, **more: seen.append(a) or draw(*a, **more))
     assert drawn("matches", path, photos, "--count", 2, "--seed", 3, "--out", tmp_path / "m.png", *flags) is None
     ((_, view_q, view_k, found, H, W),) = seen
     for row, name in enumerate(("0000.png", "0004.png")):
         with common.drawing("figure", 3, name):
-            image = common.read_image(photos / name)
-            (q, window_q), (k, window_k) = (setsim.random_view(image, side, False) for _ in range(2))
+            image = harness.images.read_image(photos / name)
+            (q, window_q), (k, window_k) = (setsim.random_view(image, side) for _ in range(2))
         assert torch.equal(view_q[row], q) and torch.equal(view_k[row], k) and (H, W) == (side // 32, side // 32)
         with torch.no_grad():
             z = [net(common.normalise(x[None]))[-1] for net, x in zip(nets, (q, k), strict=True)]
-        one = setsim.match(*z, window_q[None], window_k[None], "set2set-nn", "abs", 0.7, None, 0.0, False, None)
-        for name, tensor in one._asdict().items():
-            assert torch.allclose(getattr(found, name)[row].float(), tensor[0].float(), atol=1e-4), name
+        one = setsim.match(*z, window_q[None], window_k[None], "set2set-nn", "0.7", None, False)
+        assert_match(found, row, one)
         assert one.positives.any()
 
 
 @pytest.mark.parametrize("settings", [{"size": None, "arch": "r18"}, {"size": [224, 224]}, "none"])
 def test_settings_of_foreign_checkpoints_do_no_harm(tmp_path, photos, settings):
     torch.save({"settings": settings, "model": common.ResNetTrunk("resnet18").state_dict()}, tmp_path / "weights.pth")
-    flags = ["--arch", "resnet18", "--count", 1, "--out", tmp_path / "m.png"]
-    figure = drawn("attention", tmp_path / "weights.pth", photos, *flags)
+    flags = ["--arch", "resnet18", "--out", tmp_path / "m.png"]
+    figure = drawn("attention", tmp_path / "weights.pth", photos, "--count", 1, *flags)
     assert pixels(figure.axes[0]).shape == (224, 336, 3)
-    drawn("matches", tmp_path / "weights.pth", photos, *flags)
-    assert Image.open(tmp_path / "m.png").size == (5 * 230 + 6, 230 + 20)
+    drawn("matches", tmp_path / "weights.pth", photos, "--count", 8, *flags)  # more than a run of setsim.py draws
+    assert Image.open(tmp_path / "m.png").size == (5 * 230 + 6, 8 * 230 + 20)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -377,11 +386,11 @@ def test_attention_of_a_plain_backbone_is_setsims_for_that_image(tmp_path, photo
         state, flags = {"script": "resim", "settings": {"arch": "resnet18", "size": 128}, "model": state}, []
     torch.save(state, tmp_path / "weights.pth")
     figure = drawn("attention", tmp_path / "weights.pth", photos, "--count", 2, *flags)
-    assert [axis.get_title() for axis in figure.axes[:2]] == ["image", "attention (abs), framed: at least 0.7"]
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["image", "attention (sum of |z|), framed: at least 0.7"]
     assert [axis.get_ylabel() for axis in figure.axes[:4:2]] == ["0000.png", "0004.png"]
     side = 128 if wrapped else 224
     for row, name in enumerate(("0000.png", "0004.png")):
-        image = TF.resize(common.read_image(photos / name), side)
+        image = TF.resize(harness.images.read_image(photos / name), side)
         assert image.size == (side * 3 // 2, side)
         with torch.no_grad():
             z = trunk(common.normalise(TF.pil_to_tensor(image)[None]))[-1]
@@ -437,7 +446,7 @@ def grid(figure, rows, columns):
 def load(script, run):
     """A run's settings, checkpoint and model, as --eval-only has them."""
     args = script.get_args(["--output-dir", str(run), "--eval-only"])
-    state = common.load_checkpoint_file(run / "checkpoint.pth")
+    state = harness.weights.load_checkpoint_file(run / "checkpoint.pth")
     if script is det:
         sizes = len(state["categories"]), state["outputs"], len(state["keypoints"])
         return args, state, det.new_detector(args, 0, *sizes, WORLD, state)[0].eval()
@@ -468,7 +477,7 @@ def test_detections_on_ones_own_images_have_no_truth(detectors, photos):
     ((plain, axis),) = grid(figure, 1, 2)
     assert [plain.get_title(), axis.get_title(), plain.get_ylabel()] == ["image", "b", "0000.png"]
     _, state, model = load(det, detectors / "b")
-    image = common.read_image(photos / "0000.png")  # 96 x 64
+    image = harness.images.read_image(photos / "0000.png")  # 96 x 64
     found = det.confident(det.detect(model, det.to_tensor(image.resize((120, 80), Image.BILINEAR)), (64, 96)))
     assert np.array_equal(pixels(plain), np.asarray(image))
     assert np.array_equal(pixels(axis), np.asarray(det.draw(image, found, state["categories"], 400)))
@@ -521,7 +530,7 @@ def test_ignored_pixels_of_the_truth_have_their_colour_and_no_name(segmenters, m
 def test_rows_are_as_high_as_their_images():
     names = ["a", "a rather long name of a folder/and.jpg"]
     rows = [[np.zeros((50, 100, 3))] * 2, [np.zeros((200, 100, 3))] * 2]
-    figure = figures.draw_columns(common.pyplot(), rows, ["one", "two"], names)
+    figure = figures.draw_columns(harness.pictures.pyplot(), rows, ["one", "two"], names)
     assert figure.get_size_inches().tolist() == pytest.approx([5.9, 2.8 * 2.5 + 0.8])
     figure.canvas.draw()
     low, high = (figure.axes[place].get_position().height for place in (0, 2))
@@ -533,7 +542,7 @@ def test_label_maps_of_ones_own_images(segmenters, photos, capsys):
     figure = drawn("predictions", segmenters / "a", "--images", photos, "--count", 1)
     ((plain, axis),) = grid(figure, 1, 2)
     args, state, model = load(seg, segmenters / "a")
-    image = common.read_image(photos / "0000.png")
+    image = harness.images.read_image(photos / "0000.png")
     small = seg.resize_image(seg.to_tensor(image), seg.resized(64, 96, 160, 40))
     labels = seg.segment(model, small, (64, 96), args.crop, args.test)
     assert np.array_equal(pixels(plain), np.asarray(image))

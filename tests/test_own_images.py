@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import checkpoint, log_lines, run
 
-from tools.scenes import write_coco
+from harness.scenes import write_coco
 
 TINY = "--arch resnet18 --workers 0 --batch-size 4".split()
 DETECTOR = "--short-sides 64 --test-side 64 --precise-bn 1 --iterations 1".split()
@@ -26,7 +26,7 @@ def test_from_a_folder_of_images_to_predictions(tmp_path):
     for row in told["annotations"]:  # boxes alone: heads for masks and keypoints take minutes on a CPU
         del row["segmentation"], row["keypoints"]
     labels.write_text(json.dumps(told))
-    flags = "--size 64 --epochs 2 --queue-size 32 --group-size 4 --lr 0.1".split()
+    flags = "--size 64 --epochs 2 --queue-size 32 --lr 0.1".split()
     run("setsim.py", "--data", photos, *TINY, *flags, "--output-dir", tmp_path / "pre")
     weights = tmp_path / "pre" / "resnet18.pth"
 

@@ -24,6 +24,9 @@ from torch import nn
 from torchvision.transforms import functional as TF
 
 import common
+import harness.images
+import harness.legacy
+import harness.pictures
 from probes import bias, frozen, linear, oknn
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (50, 60, 210)}
@@ -160,8 +163,8 @@ def test_linear_counts_what_is_right(monkeypatch, capsys):
         for i in range(0, 50, 8)
     ]
     monkeypatch.setattr(linear, "features", lambda trunk, x, amp: x)
-    world = common.World(0, 1, 0, torch.device("cpu"))
-    bad = common.BadImages(Numbers(50), outcome="it is left out")
+    world = harness.legacy.World(0, 1, 0, torch.device("cpu"))
+    bad = harness.images.BadImages(Numbers(50), outcome="it is left out")
     found = linear.evaluate(None, nn.Identity(), batches, "none", bad, world, argparse.Namespace(arrived=False))
     ranks = [sum(row[c] > row[label] for c in range(7)) for row, label in zip(logits, labels, strict=True)]
     ranks = [rank for i, rank in enumerate(ranks) if i != 20]
@@ -170,7 +173,7 @@ def test_linear_counts_what_is_right(monkeypatch, capsys):
     assert 0 < found["top1"] < found["top5"] < 100
     assert capsys.readouterr().out == "unreadable image, it is left out: 20\n"
     with pytest.raises(common.UserError, match="none of the 1 test images can be read"):
-        bad = common.BadImages(Numbers(1))
+        bad = harness.images.BadImages(Numbers(1))
         one = [(logits[:1], labels[:1], torch.tensor([0]), torch.tensor([1]))]
         linear.evaluate(None, nn.Identity(), one, "none", bad, world, argparse.Namespace(arrived=False))
 
@@ -525,7 +528,7 @@ def test_images_that_do_not_fit_their_annotations(coco, tmp_path):
     shutil.rmtree(tmp_path / "coco" / "val2017")
     (tmp_path / "coco" / "val2017").mkdir()
     item, passed = frozen.readable(objects, 4)
-    assert passed == common.TRIES and len(item.boxes) == len(item.labels) == 0
+    assert passed == harness.images.TRIES and len(item.boxes) == len(item.labels) == 0
 
 
 def test_resized_images_beside_their_old_annotations_are_named(coco, tmp_path):
@@ -866,7 +869,7 @@ def test_oknn_on_scenes(tmp_path, capsys):
         oknn.main, "--data", "scenes:1", "--output-dir", tmp_path / "one", *OKNN
     )
     assert "--neighbours 0" in error_of(oknn.main, "--data", "scenes:6", *OKNN, "--neighbours", "0")
-    scenes, earlier = frozen.SceneObjects(frozen.HELD_OUT, 4, 64, 0), common.Scenes(4096, 64, 0)
+    scenes, earlier = frozen.SceneObjects(frozen.HELD_OUT, 4, 64, 0), harness.images.Scenes(4096, 64, 0)
     assert not np.array_equal(np.asarray(scenes[0].image), np.asarray(earlier[0][0]))
     assert (scenes[1].mask(0) == scenes[1].mask(0)).all() and scenes[1].mask(0).shape == (64, 64)
 
@@ -1049,7 +1052,7 @@ def test_bias_compares_backbones_and_draws(tmp_path, capsys):
     (tmp_path / "out" / "results.json").unlink()
     bias.main([*flags, "--weights", f"other={tmp_path / 'other.pth'}"])  # random initialisation comes by itself
     assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == results
-    assert not common.pyplot().get_fignums()
+    assert not harness.pictures.pyplot().get_fignums()
     assert "multiple of 32" in error_of(bias.main, *flags, "--weights", "random", "--grid-size", "48")
 
 
@@ -1057,7 +1060,7 @@ def test_bias_draws_what_it_measures_on_the_canvases_asked_for(coco, tmp_path, m
     """Each plot has the curves of its own measure; flags reach the canvases; pairs need two categories."""
     figures, asked = {}, []
     monkeypatch.setattr(
-        bias.common, "save_figure", lambda figure, path, dpi: figures.update({os.path.basename(path): figure})
+        harness.pictures, "save_figure", lambda figure, path, dpi: figures.update({os.path.basename(path): figure})
     )
     canvases = bias.Canvases
     monkeypatch.setattr(bias, "Canvases", lambda *args: asked.append(args[1:]) or canvases(*args))
@@ -1083,7 +1086,7 @@ def test_bias_draws_what_it_measures_on_the_canvases_asked_for(coco, tmp_path, m
         bias.main, "--data", tmp_path / "coco", *BIAS, "--output-dir", tmp_path / "out", "--weights", "random"
     )
     assert "all objects are of one category, a pair needs two" in message
-    common.pyplot().close("all")
+    harness.pictures.pyplot().close("all")
 
 
 def test_bias_where_a_measure_does_not_exist(tmp_path, capsys, monkeypatch):
@@ -1135,7 +1138,7 @@ def test_results_of_other_settings_are_not_replaced(main, flags, tmp_path):
 
 
 def test_probes_of_one_process_refuse_several(monkeypatch, tmp_path):
-    monkeypatch.setattr(common, "start_processes", lambda: common.World(0, 2, 0, torch.device("cpu")))
+    monkeypatch.setattr(harness.legacy, "start_processes", lambda: harness.legacy.World(0, 2, 0, torch.device("cpu")))
     for main in (oknn.main, bias.main):
         message = error_of(main, "--data", "scenes:4", "--weights", "random", "--output-dir", tmp_path)
         assert "without torchrun" in message

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""tools/proposals.py: selective search, SoCo's filter, and the file that keeps the boxes."""
+"""harness/proposals.py and its command line: selective search, SoCo's filter, and the file that keeps the boxes."""
 
 import json
 import math
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -18,11 +19,13 @@ from helpers import ROOT, keep_signals, write_images  # noqa: F401
 from PIL import Image
 from torchvision.ops import box_iou
 
-import common
+import harness.images
 from common import UserError
-from tools import proposals
-from tools.proposals import NOTHING, RULES, UNREADABLE, Partial, Proposals, keep, main, make, search
-from tools.scenes import make_scene
+from harness import proposals
+from harness.images import ImageFolder, Scenes
+from harness.proposals import NOTHING, RULES, UNREADABLE, Partial, Proposals, attach, keep, make, search
+from harness.scenes import make_scene
+from tools.proposals import main
 
 COMMAND = [sys.executable, "-m", "tools.proposals"]
 
@@ -41,7 +44,7 @@ def nearest(boxes, box):
 
 
 def scenes(count, size=48, seed=0):
-    return common.Scenes(count, size, seed)
+    return Scenes(count, size, seed)
 
 
 def run(*flags):
@@ -165,7 +168,7 @@ def test_boxes_lie_on_the_image_as_it_is_shown(tmp_path):
     exif[0x0112] = 6  # stored lying on its side: to be shown turned a quarter clockwise
     shown = rectangle(150, 200, box)
     shown.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    found = make(common.ImageFolder(tmp_path), str(tmp_path / "file"), "single")
+    found = make(ImageFolder(tmp_path), str(tmp_path / "file"), "single")
     assert found.sizes.tolist() == [[150, 200]]
     assert nearest(found[0], box) <= 1
 
@@ -178,7 +181,7 @@ def test_two_runs_and_any_number_of_workers_write_the_same_bytes(tmp_path):
     assert all(other == first for other in others)
     found = Proposals(tmp_path / "0")
     assert len(found) == 9 and min(len(found[i]) for i in range(9)) > 0
-    assert found[4].tolist() == keep(search(common.ImageFolder(folder)[4][0], "single"), 90, 70)[0].tolist()
+    assert found[4].tolist() == keep(search(ImageFolder(folder)[4][0], "single"), 90, 70)[0].tolist()
     assert sorted(os.listdir(tmp_path)) == ["0", "1", "2", "3", "images"]  # nothing else is left
 
 
@@ -189,7 +192,7 @@ def test_workers_start_after_opencv_has_used_threads(tmp_path, monkeypatch):
     def too_late(*_):
         raise TimeoutError
 
-    monkeypatch.setattr(common, "detach_worker", lambda number: cv2.setNumThreads(1))
+    monkeypatch.setattr(harness.images, "detach_worker", lambda number: cv2.setNumThreads(1))
     cv2.setNumThreads(4)
     cv2.GaussianBlur(np.random.default_rng(0).random((2000, 2000, 3), np.float32), (0, 0), 5)
     search(scenes(1, 300)[0][0], "single")
@@ -217,7 +220,7 @@ def written(tmp_path, monkeypatch):
     by_size = {size: boxes for boxes, size in content.values()}
     monkeypatch.setattr(proposals, "search", lambda image, strategy: by_size[image.size])
     monkeypatch.setattr(proposals, "keep", lambda boxes, W, H: (boxes, 0 if len(boxes) else NOTHING))
-    return make(common.ImageFolder(folder), str(tmp_path / "file"), "single"), content
+    return make(ImageFolder(folder), str(tmp_path / "file"), "single"), content
 
 
 def test_reader_gives_back_what_was_written(written):
@@ -323,13 +326,12 @@ def test_boxes_of_scenes_lie_on_their_objects():
 
 
 class StopAfter:
-    """Like a StopSignal that arrives after a number of images."""
+    """A signal that arrives after a number of images."""
 
     def __init__(self, count):
         self.count = count
 
-    @property
-    def arrived(self):
+    def __call__(self):
         self.count -= 1
         return self.count < 0
 
@@ -463,13 +465,13 @@ def test_unreadable_images_are_named_once_and_have_no_boxes(tmp_path, capsys):
     found = Proposals(tmp_path / "file")
     assert [i for i in range(6) if len(found[i]) == 0] == np.flatnonzero(found.rules == UNREADABLE).tolist() == [2, 5]
     assert found.sizes.tolist() == [[0, 0] if i in (2, 5) else [40, 48] for i in range(6)]
-    assert found.check(common.ImageFolder(folder)).tolist() == list(range(6))
+    assert found.check(ImageFolder(folder)).tolist() == list(range(6))
     assert Image.open(tmp_path / "file.png").format == "PNG"
 
 
 def test_a_folder_that_disappears_stops_the_run(tmp_path):
     """Or the rest of a million images would be stored as unreadable while a disk is away."""
-    images = common.ImageFolder(write_images(tmp_path / "images", 4))
+    images = ImageFolder(write_images(tmp_path / "images", 4))
     make(images, str(tmp_path / "whole"), "single")
     os.rename(tmp_path / "images" / "0002.png", tmp_path / "away.png")
     with pytest.raises(UserError, match=r"0002.png is no longer in .*\(2 of 4 images are saved\)"):
@@ -481,18 +483,18 @@ def test_a_folder_that_disappears_stops_the_run(tmp_path):
 
 def test_check_finds_the_images_of_a_part_and_names_what_is_missing(tmp_path):
     folder = write_images(tmp_path / "images", 12)
-    found = make(common.ImageFolder(folder), str(tmp_path / "file"), "single")
-    assert found.check(common.ImageFolder(folder)).tolist() == list(range(12))
+    found = make(ImageFolder(folder), str(tmp_path / "file"), "single")
+    assert found.check(ImageFolder(folder)).tolist() == list(range(12))
     for name in ("0000.png", "0004.png"):
         os.rename(folder / name, tmp_path / name)
-    assert found.check(common.ImageFolder(folder)).tolist() == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11]
+    assert found.check(ImageFolder(folder)).tolist() == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11]
     write_images(folder / "new", 2)
     with pytest.raises(UserError, match=r"lacks 2 of 12 images.*first is new/0000.png") as error:
-        found.check(common.ImageFolder(folder))
+        found.check(ImageFolder(folder))
     assert one_line(error)
     with pytest.raises(UserError, match=r"made for 12 images.*lacks 12 of 12 scenes"):
         found.check(scenes(12))
-    other = common.ImageFolder(write_images(tmp_path / "other", 12, (50, 40)))
+    other = ImageFolder(write_images(tmp_path / "other", 12, (50, 40)))
     assert other.fingerprint() == found.fingerprint  # the same names
     with pytest.raises(UserError, match=r"other pictures: there 0000.png is 40 x 48, here it is 50 x 40") as error:
         found.check(other)
@@ -619,3 +621,40 @@ def test_the_contact_sheet_shows_images_and_boxes(tmp_path, capsys):
     boxes = Proposals(tmp_path / "file")[0]
     want = [*boxes.min(0)[:2], *boxes.max(0)[2:]] * np.array(240 / 200) + 6
     assert np.abs([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] - want).max() <= 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# boxes of a run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_makes_the_boxes_of_its_scenes_once(tmp_path, monkeypatch, capsys):
+    run_ = types.SimpleNamespace(
+        images=scenes(6), rank=0, stop=0, args=types.SimpleNamespace(workers=0), path=lambda name: str(tmp_path / name)
+    )
+    searched = []
+
+    def search_and_stop(image, strategy):
+        searched.append(image)
+        run_.stop = int(len(searched) == 3)
+        return search(image, strategy)
+
+    monkeypatch.setattr(proposals, "search", search_and_stop)
+    with pytest.raises(SystemExit) as error:  # a signal arrived
+        attach(run_, None)
+    assert not error.value.code and "stopped by a signal; the same command continues" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["scenes-6-48-0.proposals.partial"] and len(searched) == 3
+    run_.stop = 0
+    found = attach(run_, None)
+    assert os.listdir(tmp_path) == ["scenes-6-48-0.proposals"] and len(searched) == 6
+    (image, boxes), _ = found[4]
+    assert boxes.tolist() == keep(search(image, "single"), 48, 48)[0].tolist()
+    attach(run_, None)
+    attach(run_, str(tmp_path / "scenes-6-48-0.proposals"))
+    run_.rank = 1  # it waits for the first process
+    attach(run_, None)
+    assert len(searched) == 6
+    os.remove(tmp_path / "scenes-6-48-0.proposals")
+    with pytest.raises(UserError, match="no such file"):
+        attach(run_, None)
+    assert len(searched) == 6

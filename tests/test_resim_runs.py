@@ -1,6 +1,7 @@
 """resim.py as its user starts it: outputs, killed runs, export; what it shares with setsim.py is tested there."""
 
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -24,14 +25,16 @@ from PIL import Image
 
 import common
 import resim
+from harness import look, pictures
+from harness.run import Run
 
-FPN = [*BASE, *"--window 16 12 --stride 16 12".split()]
-C4 = [*BASE, *"--levels c4 --window 16 --stride 16".split()]
+FPN = [*BASE, *"--window 16 16".split()]
+C4 = [*FPN, *"--levels c4".split()]
 
 
 def train(*flags):
     """The script within this process, which saves the seconds that a new interpreter needs to import torch."""
-    resim.main([str(flag) for flag in flags])
+    resim.train([str(flag) for flag in flags])
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +43,7 @@ def quick(monkeypatch, tmp_path):
 
     Both happen in `finished` and in killed runs, which are processes of their own.
     """
-    monkeypatch.setattr(common, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(pictures, "draw_curves", lambda *_: None)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     yield
     shutil.rmtree(tmp_path)
@@ -61,18 +64,23 @@ def test_outputs(finished):
     for name in pictures:
         assert min(Image.open(folder / name).size) > 200
     header, start, *steps, end = log_lines(folder)
-    assert header["command"].split()[1].endswith("resim.py") and header["settings"]["window"] == [16, 12]
+    assert header["command"].split()[1].endswith("resim.py") and header["settings"]["window"] == [16, 16]
     assert [line["step"] for line in steps] == [2, 4, 6, 8]
     for line in (start, end):
-        assert 0 <= line["probe"]["hits"] <= 1 and 0 < line["probe"]["chance"] < 0.7 and line["probe"]["cells"] > 100
+        assert 0 <= line["probe"]["hits"] <= 1 and 0 < line["probe"]["chance"] < 0.7 and line["probe"]["count"] > 100
     values = "loss loss_image loss_p4 loss_p3 valid_p4 valid_p3 empty_p4 empty_p3 std_image std_p4 std_p3 lr bad_images"
     values += " loss_chance chance_p4 chance_p3 std_spread spread_p4 spread_p3 images_per_s data_share"
     assert all(set(values.split()) <= line.keys() for line in steps)
-    assert all(0.1 < line["valid_p4"] < 0.9 for line in steps) and "valid_p4 0." in text
+    assert all(0.1 < line[name] < 0.9 for line in steps for name in ("valid_p4", "valid_p3"))
+    shown = next(line for line in text.splitlines() if line.startswith("step 8/8 "))
+    assert all(f" {name} " in shown for name in ("loss", "loss_image", "loss_p4", "loss_p3", "valid_p4", "empty_p3"))
+    assert "chance" not in shown and "std" not in shown
     state = checkpoint(folder)
     assert state["script"] == "resim" and state["model"]["image_queue.pointer"].item() == 8 * 8 % 24
-    message = "best match on C4 within one cell of the true place"
-    assert f"start of training: {message}" in text and f"end of training: {message}" in text
+    message = "cells of C4 have their best match within one cell of the true place, on held-out scenes (chance "
+    for title, line in (("start", start), ("end", end)):
+        hits, count = line["probe"]["hits"], line["probe"]["count"]
+        assert f"{title} of training: {hits:.1%} of {count} {message}" in text
 
 
 def test_exports_reload(finished):
@@ -86,12 +94,29 @@ def test_exports_reload(finished):
     assert not torch.equal(backbone["conv1.weight"], model["key.trunk.conv1.weight"])
     detector = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
     assert detector.fpn.load_state_dict(fpn, strict=False).unexpected_keys == [] and len(fpn) == 6
-    for i, name in ((1, "c3"), (2, "c4"), (3, "c5")):
-        assert torch.equal(detector.fpn.inner_blocks[i][0].weight, model[f"query.pyramid.laterals.{name}.weight"])
+    for i in (1, 2, 3):
+        assert torch.equal(detector.fpn.inner_blocks[i][0].weight, model[f"query.pyramid.inner_blocks.{i}.0.weight"])
     args = resim.get_args([*FPN, "--init", str(folder / "resnet18.pth")])
-    method = resim.build(args, common.World(0, 1, 0, torch.device("cpu")), args.init)
+    method = resim.build(args, torch.device("cpu"), args.init)
     for network in (method.query, method.key):
         assert torch.equal(network.trunk.layer4[1].conv2.weight, backbone["layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize("kind", ["paper", "official", "simsiam"])
+def test_exported_pyramid_of_every_kind_loads_into_torchvision(kind, tmp_path, monkeypatch):
+    """fpn.pth has nothing that a FeaturePyramidNetwork does not expect, and every tensor is the query network's."""
+    monkeypatch.setattr(Run, "measure", lambda *_: None)
+    flags = {"paper": "", "official": "--preset official", "simsiam": "--framework simsiam"}[kind]
+    train(*FPN, *flags.split(), "--steps", "0", "--output-dir", tmp_path)
+    exported, model = torch.load(tmp_path / "fpn.pth"), checkpoint(tmp_path)["model"]
+    fpn = torchvision.ops.FeaturePyramidNetwork([64, 128, 256, 512], 256)
+    result = fpn.load_state_dict(exported, strict=False)
+    trained = [f"inner_blocks.{i}.0" for i in (1, 2, 3)]
+    trained += [f"layer_blocks.{i}.0" for i in (1, 2) if kind == "official"]
+    assert result.unexpected_keys == []
+    assert {*exported} == {f"{block}.{part}" for block in trained for part in ("weight", "bias")}
+    assert {*result.missing_keys} == fpn.state_dict().keys() - exported.keys()
+    assert all(torch.equal(fpn.state_dict()[name], model[f"query.pyramid.{name}"]) for name in exported)
 
 
 @pytest.mark.parametrize("name", ["fpn", "c4", "simsiam", "official"])
@@ -103,8 +128,6 @@ def test_interrupted_equals_uninterrupted(name, finished, tmp_path, monkeypatch)
         "simsiam": [*C4, "--framework", "simsiam"],
         "official": [*FPN, "--preset", "official", "--amp", "bf16"],
     }[name]
-    if name == "simsiam":
-        flags = [flag for flag in flags if flag not in ("--queue-size", "24", "--group-size", "4")]
     first, last = (3, 8) if name == "fpn" else (1, 2)
     whole = finished[0]
     if name != "fpn":
@@ -113,7 +136,7 @@ def test_interrupted_equals_uninterrupted(name, finished, tmp_path, monkeypatch)
         assert {"regions_start.png", "regions_end.png"} <= set(os.listdir(whole))
         (line,) = (line for line in log_lines(whole) if "loss" in line)
         assert line["step"] == 2 and line["valid_p4" if name == "official" else "valid_c4"] > 0.1
-    monkeypatch.setattr(resim, "draw_regions", lambda *_: None)
+    monkeypatch.setattr(look, "draw_windows", lambda *_: None)
     for steps in (first, last):
         train(*flags, "--output-dir", tmp_path / "parts", "--steps", steps)
     assert_same(checkpoint(tmp_path / "parts"), checkpoint(whole))
@@ -137,45 +160,55 @@ def test_killed_at_random_instants(finished, tmp_path):
 
 def test_bad_input_in_one_clear_line(finished, tmp_path):
     folder, _ = finished
+    for name, state in (
+        ("setsim", checkpoint(folder) | {"script": "setsim"}),
+        ("weights", torch.load(folder / "fpn.pth")),
+    ):
+        (tmp_path / name).mkdir()
+        torch.save(state, tmp_path / name / "checkpoint.pth")
     for flags, words in (
         (["--data", tmp_path / "nowhere"], "no such folder"),
-        (["--output-dir", folder, "--stride", "16", "24"], r"stride \[16, 12\] -> \[16, 24\]"),
+        (["--output-dir", folder, "--window", "16", "24"], r"window \[16, 16\] -> \[16, 24\]"),
         (["--output-dir", folder, "--preset", "official"], "preset 'paper' -> 'official'"),
+        (["--output-dir", tmp_path / "setsim"], "a checkpoint of setsim.py"),
+        (["--output-dir", tmp_path / "weights"], "go to --init"),
         (["--init", folder / "log.jsonl"], "not a checkpoint"),
         (["--arch", "resnet34", "--init", folder / "resnet18.pth"], "check --arch"),
-        (["--resume", folder / "fpn.pth"], "go to --init"),
     ):
         with pytest.raises(common.UserError, match=words) as error:
             train(*FPN, "--output-dir", tmp_path / "out", *flags)
         assert "\n" not in str(error.value)
-    torch.save(checkpoint(folder) | {"script": "setsim"}, tmp_path / "setsim.pth")
-    with pytest.raises(common.UserError, match="a checkpoint of setsim.py"):
-        train(*FPN, "--output-dir", tmp_path / "out", "--resume", tmp_path / "setsim.pth")
 
 
 def test_settings_reach_views_and_optimiser(tmp_path, monkeypatch):
-    """The preset's order of colours; weight decay on everything (B3); SimSiam's predictors keep their lr (B6)."""
+    """Size of the views; weight decay on everything (B3); SimSiam's predictors keep their lr (B6)."""
     views, optimisers = [], []
-    two_views, sgd = resim.TwoViews, torch.optim.SGD
-    monkeypatch.setattr(resim, "TwoViews", lambda *a: views.append(a[2]) or two_views(*a))
+    steps, sgd = Run.steps, torch.optim.SGD
+    monkeypatch.setattr(Run, "steps", lambda run, *a: views.append(a) or steps(run, *a))
     monkeypatch.setattr(torch.optim, "SGD", lambda *a, **k: optimisers.append(sgd(*a, **k)) or optimisers[-1])
-    flags = (
-        "--data scenes:8 --arch resnet18 --size 64 --batch-size 8 --workers 0 --epochs 2 --lr 0.32 --weight-decay 0.01"
-    )
-    flags = [*flags.split(), "--window", "16", "12", "--stride", "16", "12", "--save-every", "9"]
+    flags = "--data scenes:8 --arch resnet18 --size 64 --batch-size 8 --workers 0 --epochs 2 --lr 0.32 --window 16 16"
+    flags = [*flags.split(), "--save-every", "9"]
     train(*flags, "--framework", "simsiam", "--output-dir", tmp_path / "simsiam")
     train(*flags, "--preset", "official", "--queue-size", "8", "--output-dir", tmp_path / "official")
-    assert views == [False, True]
-    assert len(torch.load(tmp_path / "simsiam" / "fpn.pth")) == 6  # laterals alone
+    assert len(views) == 2
+    for (function,) in views:
+        function = pickle.loads(pickle.dumps(function))  # as workers get it where they do not fork
+        view_q, view_k, crop_q, crop_k = function(Image.new("RGB", (90, 70)))
+        assert view_q.shape == view_k.shape == (3, 64, 64) and crop_q.shape == crop_k.shape == (4,)
     simsiam, moco = optimisers
     assert [group["lr"] for group in simsiam.param_groups] == pytest.approx([0.005, 0.01])  # second of two epochs
-    assert [group["lr"] for group in moco.param_groups] == pytest.approx([0.005])
+    assert moco.param_groups[0]["lr"] == pytest.approx(0.005) and not moco.param_groups[1]["params"]
     widths = (512, 256, 128)  # image, P4, P3: predictors E - E/4 - E with a norm between
     assert sum(p.numel() for p in simsiam.param_groups[1]["params"]) == sum(
         E * E // 4 + 2 * E // 4 + E // 4 * E + E for E in widths
     )
-    for optimiser in optimisers:
-        assert all((group["weight_decay"], group["momentum"]) == (0.01, 0.9) for group in optimiser.param_groups)
+    for optimiser, name in ((simsiam, "simsiam"), (moco, "official")):
+        state = checkpoint(tmp_path / name)["model"]
+        learnt = sum(
+            x.numel() for n, x in state.items() if n.startswith("query") and "running" not in n and "tracked" not in n
+        )
+        assert sum(p.numel() for group in optimiser.param_groups for p in group["params"]) == learnt
+        assert all((group["weight_decay"], group["momentum"]) == (1e-4, 0.9) for group in optimiser.param_groups)
 
 
 def test_trains_with_the_cards_packages_alone(tmp_path):
@@ -212,7 +245,7 @@ PAPER_SIZE = [
 def test_paper_size_takes_two_steps(flags, monkeypatch, tmp_path):
     """ResNet-50, 224 pixels, K 65536: the paper's command with only --batch-size and --steps changed; one with pictures."""
     if flags:
-        monkeypatch.setattr(resim, "probe", lambda *_: {})
+        monkeypatch.setattr(Run, "measure", lambda *_: None)
     k = [] if "simsiam" in flags else ["--queue-size", "65536"]
     flags = [*"--data scenes:16 --batch-size 8 --steps 2".split(), *flags.split(), *k]
     train(*flags, "--output-dir", tmp_path)

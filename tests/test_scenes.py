@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tests of tools/scenes.py, the procedural data set."""
+"""Tests of harness/scenes.py, the procedural data set."""
 
 import hashlib
 import math
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools import scenes
-from tools.scenes import CLASSES, FLIP_PAIRS, LANDMARKS, make_scene
+from harness import scenes
+from harness.scenes import CLASSES, FLIP_PAIRS, LANDMARKS, make_scene
 
 ROOT = Path(scenes.__file__).resolve().parents[1]
 SIZES = ((136, 136), (32, 48), (16, 16), (96, 64), (16, 160), (240, 320))
@@ -26,7 +26,7 @@ def digest(scene):
 
 def run(*args):
     return subprocess.run(
-        [sys.executable, "-m", "tools.scenes", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "harness.scenes", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
 
 
@@ -316,6 +316,7 @@ def test_bad_input_exits_2_with_one_line_and_leaves_nothing(tmp_path):
         result = run(*args)
         assert result.returncode == 2, (args, result)
         assert result.stdout == "" and result.stderr.count("\n") == 1 and words in result.stderr, (args, result)
+        assert result.stderr.startswith(f"python -m {scenes.__name__}: error: ")  # a command that exists
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
 
 
@@ -323,7 +324,7 @@ def test_making_scenes_needs_neither_torch_nor_matplotlib_nor_pycocotools_nor_tq
     code = (
         "import sys\n"
         "for name in ('torch', 'matplotlib', 'pycocotools', 'tqdm'): sys.modules[name] = None\n"
-        "from tools.scenes import make_scene\n"
+        "from harness.scenes import make_scene\n"
         "make_scene(0, 0, 32)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

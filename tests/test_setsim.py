@@ -1,5 +1,6 @@
 """setsim.py: views, matcher, losses and one iteration, each against something independent."""
 
+import copy
 import itertools
 import math
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 import common
 import setsim
+from harness import look
 
 # ----------------------------------------------------------------------------------------------------------------------
 # views and geometry
@@ -35,12 +37,11 @@ def cell_contents(view, cells):
     return places.flatten(1).T
 
 
-@pytest.mark.parametrize("flip_first", [False, True])
-def test_windows_say_where_every_cell_lies(no_colours, flip_first):
+def test_windows_say_where_every_cell_lies(no_colours):
     image, flips = coordinate_image(), []
     for i in range(40):
         with common.drawing("test", i):
-            view, window = setsim.random_view(image, 224, flip_first)
+            view, window = setsim.random_view(image, 224)
         centres, diagonal = setsim.cell_centres(window[None], 7, 7)
         assert (centres[0] - cell_contents(view, 7)).abs().max() < 0.012  # three pixels of 256, a cell is 16 at least
         assert diagonal[0] > 0
@@ -52,7 +53,7 @@ def test_matched_cells_show_the_same_place(no_colours):
     image, checked, kinds = coordinate_image(), 0, set()
     for i in range(60):
         with common.drawing("pair", i):
-            (view_q, window_q), (view_k, window_k) = (setsim.random_view(image, 224, False) for _ in "qk")
+            view_q, view_k, window_q, window_k = setsim.two_views(image, 224)
         near = setsim.geometry_pairs(window_q[None], window_k[None], 7, 7, 0.5)[0]
         place_q, place_k = cell_contents(view_q, 7), cell_contents(view_k, 7)
         side_q = (place_q[8] - place_q[0]).abs()
@@ -98,7 +99,7 @@ def test_views_follow_the_recipe():
     image, windows = Image.new("RGB", (400, 400)), []
     for i in range(600):
         with common.drawing("recipe", i):
-            windows.append(setsim.random_view(image, 32, False)[1])
+            windows.append(setsim.random_view(image, 32)[1])
     x0, y0, x1, y1 = torch.stack(windows).double().T
     area, aspect = (x1 - x0).abs() * (y1 - y0), (x1 - x0).abs() / (y1 - y0)
     assert 0.195 < area.min() < 0.25 and area.max() <= 1 and abs(area.mean() - 0.58) < 0.04
@@ -106,9 +107,9 @@ def test_views_follow_the_recipe():
     assert abs((x0 > x1).double().mean() - 0.5) < 0.07
 
 
-def test_colour_operations_in_the_order_of_each_preset(monkeypatch):
+def record_operations(monkeypatch):
+    """The list that the names of the operations on colours, and of the flip, go into. No colour changes."""
     seen = []
-    monkeypatch.setattr(setsim.torch, "rand", lambda *_: torch.tensor(0.0))  # every operation happens
     note = lambda name: lambda image, *_: seen.append(name) or image  # noqa: E731
     monkeypatch.setattr(setsim.TF, "hflip", note("flip"))
     monkeypatch.setattr(setsim.TF, "rgb_to_grayscale", note("grey"))
@@ -116,12 +117,25 @@ def test_colour_operations_in_the_order_of_each_preset(monkeypatch):
     monkeypatch.setattr(
         Image.Image, "filter", lambda image, blur: seen.append(f"blur {0.1 <= blur.radius <= 2}") or image
     )
-    image = Image.new("RGB", (8, 8))
-    setsim.random_view(image, 8, flip_first=False)
-    assert seen == ["jitter (0.4, 0.4, 0.4, 0.1)", "grey", "blur True", "flip"]
-    seen.clear()
-    setsim.random_view(image, 8, flip_first=True)
-    assert seen == ["flip", "jitter (0.4, 0.4, 0.4, 0.1)", "grey", "blur True"]
+    return seen
+
+
+OPERATIONS = {"jitter (0.4, 0.4, 0.4, 0.1)": 0.8, "grey": 0.2, "blur True": 0.5, "flip": 0.5}  # and their shares
+
+
+def test_colour_operations_in_their_order(monkeypatch):
+    seen = record_operations(monkeypatch)
+    monkeypatch.setattr(setsim.torch, "rand", lambda *_: torch.tensor(0.0))  # every operation happens
+    setsim.random_view(Image.new("RGB", (8, 8)), 8)
+    assert seen == list(OPERATIONS)
+
+
+def test_colour_operations_in_their_shares(monkeypatch):
+    seen = record_operations(monkeypatch)
+    for i in range(600):
+        with common.drawing("shares", i):
+            setsim.random_view(Image.new("RGB", (8, 8)), 8)
+    assert {name: seen.count(name) / 600 for name in OPERATIONS} == pytest.approx(OPERATIONS, abs=0.06)  # 3 sigma
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -133,7 +147,7 @@ def test_attention_on_a_worked_example():
     z = torch.tensor([[[1.0, 0.0, 3.0], [1.0, -1.0, 1.0]]])  # two channels, three cells
     assert torch.allclose(setsim.attention_map(z), torch.tensor([[(2 - 1) / 3, 0, 1]]))  # sums 2, 1, 4
     square = torch.tensor([[(1 - 0.5) / 4.5, 0, 1]])  # means of squares 1, 0.5, 5
-    assert torch.allclose(setsim.attention_map(z, "square"), square)
+    assert torch.allclose(setsim.attention_map(z, square=True), square)
     assert setsim.threshold_set(setsim.attention_map(z), 0.7).tolist() == [[False, False, True]]
     assert setsim.threshold_set(setsim.attention_map(z), 0.3).tolist() == [[True, False, True]]
 
@@ -163,12 +177,11 @@ def test_a_map_without_contrast_selects_nothing():
         assert not chosen[0].any() and chosen[1].any()
     similarity = torch.rand(2, 4, 4)
     flat, peaked = setsim.threshold_set(A, 0.7)
-    for set_q, set_k in ((flat, peaked), (peaked, flat)):
-        sets = set_q[None], set_k[None]
+    for one, other in ((0, 1), (1, 0)):
+        sets, attention = [(flat, peaked)[i][None] for i in (one, other)], [A[i][None] for i in (one, other)]
         assert not setsim.set_to_set(*sets, similarity[:1], 0.0, nearest=True).any()
-        assert not setsim.random_pairs(*sets).any()
-        assert not setsim.sorted_pairs(*sets, A[:1], A[1:]).any()
-        assert not setsim.hungarian_pairs(*sets, similarity[:1]).any()
+        for kind in setsim.PIXEL_MATCHERS:
+            assert not setsim.one_to_one(kind, *sets, *attention, similarity[:1]).any()
 
 
 def test_cosine_similarity_against_a_loop():
@@ -179,28 +192,28 @@ def test_cosine_similarity_against_a_loop():
         assert got[b, i, j].item() == pytest.approx((u @ v / u.norm() / v.norm()).item(), abs=1e-6)
 
 
-def loop_set_to_set(set_q, set_k, similarity, mu, nearest, kept_at_mu, geometry):
+def loop_set_to_set(set_q, set_k, similarity, mu, nearest, official, geometry):
     """Eqs. 5-7 word by word, with Python sets, for one image."""
     S, rows = len(set_q), []
     for i in range(S):
         row = set()
         if set_q[i]:
             a = {j for j in range(S) if set_k[j]}
-            u = {j for j in a if (similarity[i][j] < mu if kept_at_mu else similarity[i][j] <= mu)}
+            u = {j for j in a if (similarity[i][j] < mu if official else similarity[i][j] <= mu)}
             row |= a - u
         if geometry is not None:
             row |= {j for j in range(S) if geometry[i][j]}
-        if nearest and (row or (set_q[i] and not kept_at_mu)):
+        if nearest and (row or (set_q[i] and not official)):
             row |= {max(range(S), key=lambda j, i=i: similarity[i][j])}
         rows.append(row)
     return rows
 
 
 @pytest.mark.parametrize("nearest", [False, True])
-@pytest.mark.parametrize("kept_at_mu", [False, True])
+@pytest.mark.parametrize("official", [False, True])
 @pytest.mark.parametrize("mu", [-1.0, 0.0, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("geometry", [False, True])
-def test_set_to_set_against_a_double_loop(nearest, kept_at_mu, mu, geometry):
+def test_set_to_set_against_a_double_loop(nearest, official, mu, geometry):
     rng = torch.Generator().manual_seed(3)
     set_q, set_k = torch.rand(2, 8, 9, generator=rng) > 0.6
     set_k[:, 4] = True
@@ -209,10 +222,10 @@ def test_set_to_set_against_a_double_loop(nearest, kept_at_mu, mu, geometry):
     similarity[:, 1] = mu - 0.1  # a row that mu empties
     similarity[:, 1, 7] = mu  # ... but for the value mu itself
     place = torch.rand(8, 9, 9, generator=rng) > 0.9 if geometry else None
-    got = setsim.set_to_set(set_q, set_k, similarity, mu, nearest, kept_at_mu, place)
+    got = setsim.set_to_set(set_q, set_k, similarity, mu, nearest, place, official)
     for b in range(8):
         where = None if place is None else place[b].tolist()
-        want = loop_set_to_set(set_q[b], set_k[b], similarity[b].tolist(), mu, nearest, kept_at_mu, where)
+        want = loop_set_to_set(set_q[b], set_k[b], similarity[b].tolist(), mu, nearest, official, where)
         assert [set(row.nonzero()[:, 0].tolist()) for row in got[b]] == want
 
 
@@ -240,8 +253,11 @@ def assert_one_to_one(c, set_q, set_k):
 
 
 def test_random_pairs():
-    _, _, set_q, set_k, _ = pixel_case()
-    draws = [setsim.random_pairs(set_q, set_k, torch.Generator().manual_seed(seed)) for seed in (0, 0, *range(1, 300))]
+    A_q, A_k, set_q, set_k, similarity = pixel_case()
+    draws = [
+        setsim.one_to_one("random", set_q, set_k, A_q, A_k, similarity, torch.Generator().manual_seed(seed))
+        for seed in (0, 0, *range(1, 300))
+    ]
     for c in draws:
         assert_one_to_one(c, set_q, set_k)
     assert torch.equal(draws[0], draws[1])
@@ -250,8 +266,8 @@ def test_random_pairs():
 
 
 def test_sorted_pairs_against_python_sort():
-    A_q, A_k, set_q, set_k, _ = pixel_case()
-    c = setsim.sorted_pairs(set_q, set_k, A_q, A_k)
+    A_q, A_k, set_q, set_k, similarity = pixel_case()
+    c = setsim.one_to_one("sort", set_q, set_k, A_q, A_k, similarity)
     assert_one_to_one(c, set_q, set_k)
     for b in range(4):
         order_q = sorted(set_q[b].nonzero()[:, 0].tolist(), key=lambda i, b=b: -A_q[b, i])
@@ -260,8 +276,8 @@ def test_sorted_pairs_against_python_sort():
 
 
 def test_hungarian_finds_the_optimum():
-    _, _, set_q, set_k, similarity = pixel_case()
-    c = setsim.hungarian_pairs(set_q, set_k, similarity)
+    A_q, A_k, set_q, set_k, similarity = pixel_case()
+    c = setsim.one_to_one("hungarian", set_q, set_k, A_q, A_k, similarity)
     assert_one_to_one(c, set_q, set_k)
     for b in range(4):
         i, j = set_q[b].nonzero()[:, 0].tolist(), set_k[b].nonzero()[:, 0].tolist()
@@ -272,55 +288,77 @@ def test_hungarian_finds_the_optimum():
         assert similarity[b][c[b]].sum().item() == pytest.approx(best, abs=1e-5)
 
 
+def match_case():
+    """Maps with cosines on both sides of 0 and 0.2, and windows, of three images with 4 x 5 cells."""
+    rng = torch.Generator().manual_seed(7)
+    return *torch.randn(2, 3, 6, 4, 5, generator=rng), *torch.rand(2, 3, 4, generator=rng)
+
+
 def test_every_matcher_through_the_front_door():
     """`match` hands each matcher the right tensors: the results equal direct calls on the same features."""
-    rng = torch.Generator().manual_seed(7)
-    z_q, z_k = torch.rand(2, 3, 6, 4, 5, generator=rng)
-    window_q, window_k = torch.rand(2, 3, 4, generator=rng)
+    z_q, z_k, window_q, window_k = match_case()
 
-    def found(matcher, **changes):
-        settings = dict(statistic="abs", threshold=None, ratio=30, mu=0.9, kept_at_mu=False, geometry=None) | changes
-        return setsim.match(z_q, z_k, window_q, window_k, matcher, rng=torch.Generator().manual_seed(1), **settings)
+    def found(matcher, rule="30%", geometry=None, official=False):
+        rng = torch.Generator().manual_seed(1)
+        return setsim.match(z_q, z_k, window_q, window_k, matcher, rule, geometry, official, rng)
 
-    A_q, A_k = setsim.attention_map(z_q.flatten(2)), setsim.attention_map(z_k.flatten(2))
-    sets = setsim.ratio_set(A_q, 30), setsim.ratio_set(A_k, 30)
     similarity = setsim.cosine_similarity(z_q.flatten(2), z_k.flatten(2))
     place = setsim.geometry_pairs(window_q, window_k, 4, 5, 0.9)
-    want = {
-        "random": setsim.random_pairs(*sets, torch.Generator().manual_seed(1)),
-        "sort": setsim.sorted_pairs(*sets, A_q, A_k),
-        "hungarian": setsim.hungarian_pairs(*sets, similarity),
-        "set2set": setsim.set_to_set(*sets, similarity, 0.9, nearest=False),
-        "set2set-nn": setsim.set_to_set(*sets, similarity, 0.9, nearest=True),
-        "none": torch.zeros(3, 20, 20, dtype=torch.bool),
-    }
-    for matcher, c in want.items():
-        assert torch.equal(found(matcher).positives, c), matcher
-    assert torch.equal(found("geometry", geometry=0.9).positives, place)
-    joined = found("set2set-nn", geometry=0.9).positives
-    assert torch.equal(joined, setsim.set_to_set(*sets, similarity, 0.9, True, False, place))
-    densecl = found("densecl").positives
-    for b, i in itertools.product(range(3), range(20)):  # DenseCL: every row, the arg-max over all cells
-        assert densecl[b, i].nonzero()[:, 0].tolist() == [max(range(20), key=lambda j, b=b, i=i: similarity[b, i, j])]
-    one = found("set2set", threshold=0.5, ratio=None, statistic="square")
-    assert torch.equal(one.set_q, setsim.threshold_set(setsim.attention_map(z_q.flatten(2), "square"), 0.5))
-    assert set(setsim.MATCHERS) == {*want, "geometry", "densecl"}
+    for official, mu in ((False, 0.0), (True, 0.2)):  # S4
+        A = [setsim.attention_map(z.flatten(2), square=official) for z in (z_q, z_k)]
+        sets = [setsim.ratio_set(a, 30) for a in A]
+        large = [setsim.threshold_set(a, 0.5) for a in A]
+        rng = torch.Generator().manual_seed(1)
+        want = {kind: setsim.one_to_one(kind, *sets, *A, similarity, rng) for kind in setsim.PIXEL_MATCHERS}
+        for matcher, nearest in (("set2set", False), ("set2set-nn", True)):
+            want[matcher] = setsim.set_to_set(*sets, similarity, mu, nearest, None, official)
+            joined = setsim.set_to_set(*large, similarity, mu, nearest, place, official)
+            assert torch.equal(found(matcher, "0.5", 0.9, official).positives, joined)
+        for matcher, c in want.items():
+            got = found(matcher, official=official)
+            assert torch.equal(got.positives, c), matcher
+            assert torch.equal(got.similarity, similarity)
+            assert all(torch.equal(*pair) for pair in zip(got.attention + got.sets, A + sets, strict=True))
+        everything = found("set2set", "0", official=official).positives
+        assert torch.equal(everything, similarity >= mu if official else similarity > mu)
+    assert 10 < ((0 < similarity) & (similarity < 0.2)).sum()  # pairs that the two values of mu judge differently
+    assert {*want, "geometry", "densecl"} == set(setsim.MATCHERS)
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_densecl_and_geometry_through_the_front_door(official):
+    """Neither needs a set: of every cell the arg-max over all cells, or the cells at the same place."""
+    z_q, z_k, window_q, window_k = match_case()
+    window_q[2] = window_k[2]  # one image whose views show the same window
+
+    def found(matcher, geometry=None, rule="0.7"):
+        return setsim.match(z_q, z_k, window_q, window_k, matcher, rule, geometry, official).positives
+
+    similarity = setsim.cosine_similarity(z_q.flatten(2), z_k.flatten(2)).tolist()
+    for densecl in (found("densecl"), found("densecl", 0.5), found("densecl", rule="30%")):
+        for b, i in itertools.product(range(3), range(20)):
+            assert densecl[b, i].nonzero()[:, 0].tolist() == [max(range(20), key=similarity[b][i].__getitem__)]
+    for geometry, T in ((None, 0.5), (0.5, 0.5), (0.9, 0.9)):  # 0.5 where none is given (S12)
+        assert torch.equal(found("geometry", geometry), setsim.geometry_pairs(window_q, window_k, 4, 5, T))
+    assert found("geometry").any() and not torch.equal(found("geometry"), found("geometry", 0.9))
 
 
 def test_correspondence_accuracy_on_known_answers():
     window = torch.tensor([[0.0, 0.0, 0.8, 0.8]])
     same = torch.eye(25)[None]
-    assert setsim.correspondence_accuracy(same, window, window, 5, 5) == (1.0, pytest.approx(169 / 625), 25)
+    assert look.correspondence(same, window, window, 5, 5) == (25, pytest.approx(169 / 25), 25)
     mirror = torch.tensor([[0.8, 0.0, 0.0, 0.8]])
     flipped = same.view(1, 5, 5, 5, 5).flip(4).reshape(1, 25, 25)
-    assert setsim.correspondence_accuracy(flipped, window, mirror, 5, 5)[0] == 1.0
-    assert setsim.correspondence_accuracy(same, window, mirror, 5, 5)[0] == pytest.approx(1 / 5)  # the middle column
+    assert look.correspondence(flipped, window, mirror, 5, 5)[::2] == (25, 25)
+    assert look.correspondence(same, window, mirror, 5, 5)[0] == 5  # the middle column
     shifted = torch.tensor([[0.32, 0.0, 1.12, 0.8]])  # two columns further right: three of five columns remain
     right = torch.zeros(5, 5, 5, 5)
     for y, x in itertools.product(range(5), range(2, 5)):
         right[y, x, y, x - 2] = 1
-    hits, _, cells = setsim.correspondence_accuracy(right.view(1, 25, 25), window, shifted, 5, 5)
-    assert (hits, cells) == (1.0, 15)
+    hits, _, count = look.correspondence(right.view(1, 25, 25), window, shifted, 5, 5)
+    assert (hits, count) == (15, 15)
+    both = [torch.cat([a, b]) for a, b in ((same, flipped), (window, window), (window, mirror))]
+    assert look.correspondence(*both, 5, 5) == (50, pytest.approx(2 * 169 / 25), 50)  # sums over images
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -392,19 +430,21 @@ def test_no_positive_at_all_gives_zero_and_zero_gradients():
     assert cosine.item() == 0.0 and torch.equal(torch.autograd.grad(cosine, p_q)[0], torch.zeros_like(p_q))
 
 
-def test_chunked_negatives_equal_the_whole_in_value_and_gradient():
+def test_chunked_negatives_equal_the_whole_in_value_and_gradient(monkeypatch):
     p_q, _, _, queue = loss_case()
     q = p_q.flatten(0, 1)
     whole = torch.logsumexp(q @ queue.T / 0.2, 1)
     weights = torch.arange(1.0, len(q) + 1, dtype=torch.float64)
-    for elements in (1, 30, 10**6):  # one row at a time, two, all
-        chunked = setsim.negative_logsumexp(q, queue, 0.2, elements)
+    split = torch.Tensor.split
+    for rows in (1, 2, 10**6):  # one row at a time, two, all
+        monkeypatch.setattr(torch.Tensor, "split", lambda x, _, rows=rows: split(x, rows))
+        chunked = common.negative_logsumexp(q, queue, 0.2)
         torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=0)
         gradients = [torch.autograd.grad((x * weights).sum(), p_q, retain_graph=True)[0] for x in (chunked, whole)]
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
-    assert torch.autograd.gradcheck(
-        lambda x: setsim.negative_logsumexp(x, queue, 0.2, 30), q[:4].detach().requires_grad_()
-    )
+        assert torch.autograd.gradcheck(
+            lambda x: common.negative_logsumexp(x, queue, 0.2), q[:4].detach().requires_grad_()
+        )
 
 
 def test_no_tensor_of_images_times_cells_times_queue():
@@ -449,10 +489,15 @@ def test_simsiam_losses_and_their_stop_gradient():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def groups_of_four(monkeypatch):
+    monkeypatch.setattr(common, "GROUP", 4)
+
+
 def tiny(*flags):
-    base = "--data scenes --arch resnet18 --size 64 --batch-size 8 --group-size 4 --queue-size 20 --dim 16"
+    base = "--data scenes --arch resnet18 --size 64 --batch-size 8 --queue-size 20"
     args = setsim.get_args([*base.split(), *flags])
-    return setsim.build(args, common.World(0, 1, 0, torch.device("cpu"))), args
+    return setsim.build(args, torch.device("cpu")), args
 
 
 def tiny_batch(seed=0, n=8):
@@ -464,6 +509,38 @@ def tiny_batch(seed=0, n=8):
     )
     windows = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(n, 1)
     return views[0], views[1], windows.clone(), windows.clone()
+
+
+def running_statistics(network):
+    return {name: x.clone() for name, x in network.named_buffers()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size, groups", [(4, [4, 4]), (3, [3, 3, 2]), (8, [8])])
+def test_encoder_in_groups_equals_each_group_alone(size, groups, monkeypatch):
+    """Batch statistics are of a group (B15). Running statistics follow the first group alone (B17)."""
+    monkeypatch.setattr(common, "GROUP", size)
+    method, _ = tiny()
+    encoder, alone, view = method.query, copy.deepcopy(method.query), tiny_batch()[0]
+    (got,) = encoder(view)
+    for number, rows in enumerate(torch.arange(8).split(groups)):
+        for whole, part in zip(got, alone.encode(view[rows]), strict=True):
+            assert torch.equal(whole[rows], part)
+        if number == 0:
+            want = running_statistics(alone)
+            assert want["trunk.bn1.num_batches_tracked"] == 1
+            assert all(torch.equal(x, want[name]) for name, x in running_statistics(encoder).items())
+    encoder(view, view)  # the first group of each view
+    assert encoder.trunk.bn1.num_batches_tracked == 3
+    norms = [module for module in encoder.modules() if hasattr(module, "track_running_stats")]
+    assert len(norms) == 20 and all(norm.track_running_stats for norm in norms)  # as before
+
+
+@torch.no_grad()
+def test_simsiam_has_the_batch_statistics_of_the_batch():
+    encoder, view = setsim.Encoder("resnet18", "simsiam"), tiny_batch()[0]
+    alone = copy.deepcopy(encoder)
+    assert all(torch.equal(*pair) for pair in zip(encoder(view)[0], alone.encode(view), strict=True))
 
 
 def test_key_network_starts_equal_and_gets_no_gradient():
@@ -531,22 +608,19 @@ def test_losses_see_the_queues_as_they_were_and_enqueue_once(symmetric, monkeypa
     directions = 2 if symmetric else 1
     assert len(seen) == 2 * directions and len(passes) == 1
     assert all(torch.equal(queue, before[n % 2]) for n, queue in enumerate(seen))  # image loss, set loss, each its own
-    assert [after for after, _ in calls] == [2 * directions] * 2  # both queues, after every loss
-    assert all(len(keys) == 8 * directions for _, keys in calls)
+    assert [after for after, _ in calls] == [2 * directions] * 2 * directions  # both queues, after every loss
+    assert all(len(keys) == 8 for _, keys in calls)
     for queue, old in zip(queues, before, strict=True):
         n = 8 * directions
-        assert (
-            queue.pointer.item() == n
-            and torch.equal(queue.vectors[n:], old[n:])
-            and not torch.equal(queue.vectors[:n], old[:n])
-        )
+        assert queue.pointer.item() == n and torch.equal(queue.vectors[n:], old[n:])
+        assert not torch.equal(queue.vectors[:n], old[:n])
         torch.testing.assert_close(queue.vectors.norm(dim=1), torch.ones(20))
-    # contents: the image keys in the order of the images; dense keys averaged first, then normalised (S11)
-    permutation = torch.randperm(8, generator=common.generator("shuffle", 0, 0))
-    outputs = [tuple(x[torch.argsort(permutation)] for x in output) for output in passes[0]]
-    assert torch.equal(queues[0].vectors[: 8 * directions], torch.cat([F.normalize(out[1], dim=1) for out in outputs]))
-    pooled = torch.cat([F.normalize(out[2].mean((2, 3)), dim=1) for out in outputs])
-    assert torch.equal(queues[1].vectors[: 8 * directions], pooled)
+    # contents: the image keys in the order of the images; the keys of cells averaged first, then normalised (S11)
+    order = torch.argsort(torch.randperm(8, generator=common.generator("shuffle", 0, 0)))
+    image = torch.cat([F.normalize(key.image[order], dim=1) for key in passes[0]])
+    pooled = torch.cat([F.normalize(key.cells[order].mean(1), dim=1) for key in passes[0]])
+    for queue, keys in zip(queues, (image, pooled), strict=True):
+        assert torch.equal(queue.vectors[: 8 * directions], keys)
 
 
 def test_matcher_sees_z_of_both_networks():
@@ -556,38 +630,42 @@ def test_matcher_sees_z_of_both_networks():
         for parameter in method.key.parameters():
             parameter.mul_(1.01)
     seen, outputs = [], {}
-    matcher = method.matcher
-    method.matcher = lambda *a: seen.append(a) or matcher(*a)
+    match = method.match
+    method.match = lambda *views, rng: seen.append(views) or match(*views, rng=rng)
     for name in ("query", "key"):
-        getattr(method, name).register_forward_hook(lambda m, i, out, name=name: outputs.update({name: out[0][0]}))
+        getattr(method, name).register_forward_hook(lambda m, i, out, name=name: outputs.update({name: out[0].z}))
     views = tiny_batch()
     views[3][:, 2] = 0.4
     method(method.query, *views, step=0)
     permutation = torch.randperm(8, generator=common.generator("shuffle", 0, 0))
-    z_q, z_k, window_q, window_k, _ = seen[0]
+    z_q, z_k, window_q, window_k = seen[0]
     assert torch.equal(z_q, outputs["query"]) and torch.equal(z_k, outputs["key"][torch.argsort(permutation)])
     assert not torch.equal(z_q, z_k) and not z_q.requires_grad
     assert torch.equal(window_q, views[2]) and torch.equal(window_k, views[3])
 
 
-def test_losses_and_queues_stay_in_fp32_under_amp(monkeypatch):
-    seen = []
-    for name in ("image_contrastive_loss", "set_contrastive_loss"):
-        original = getattr(setsim, name)
-        monkeypatch.setattr(
-            setsim,
-            name,
-            lambda *a, original=original: seen.append((a, torch.is_autocast_enabled("cpu"))) or original(*a),
-        )
-    method, _ = tiny("--amp", "bf16")
-    outputs = []
-    method.query.register_forward_hook(lambda m, i, out: outputs.append(out))
+@pytest.mark.parametrize("framework", ["moco", "simsiam"])
+def test_losses_and_queues_stay_in_fp32_under_amp(framework, monkeypatch):
+    seen, outputs = [], []
+
+    def watch(function):
+        return lambda *a, **k: seen.append((a, torch.is_autocast_enabled("cpu"))) or function(*a, **k)
+
+    losses = {"moco": "contrastive_loss", "simsiam": "cosine_loss"}[framework]
+    for name in (f"image_{losses}", f"set_{losses}"):
+        monkeypatch.setattr(setsim, name, watch(getattr(setsim, name)))
+    method, _ = tiny("--amp", "bf16", "--framework", framework)
+    method.match = watch(method.match)
+    for network in filter(None, (method.query, method.key)):
+        network.cell_head.register_forward_hook(lambda m, i, out: outputs.append(out.dtype))
     method(method.query, *tiny_batch(), step=0)
-    assert outputs[0][0][1].dtype == torch.bfloat16 and len(seen) == 2  # the encoders do run in bf16
+    assert outputs == 2 * ([torch.bfloat16] * (2 if framework == "moco" else 1))  # the encoders do run in bf16
+    assert len(seen) == (3 if framework == "moco" else 6)
     for arguments, autocast in seen:
         assert not autocast
         assert {x.dtype for x in arguments if isinstance(x, torch.Tensor)} <= {torch.float32, torch.bool}
-    assert method.set_queue.vectors.dtype == torch.float32
+    if framework == "moco":
+        assert method.set_queue.vectors.dtype == torch.float32
 
 
 def test_symmetric_loss_is_the_mean_of_both_directions():
@@ -596,18 +674,22 @@ def test_symmetric_loss_is_the_mean_of_both_directions():
         method, _ = tiny("--matcher", "geometry", *flags)
         views = tiny_batch()
         views[2][:, 2] = 0.4  # the windows differ, so it matters whose is whose
-        values.append(method(method.query, *(views[i] for i in batch), step=0)[1])
+        loss, found = method(method.query, *(views[i] for i in batch), step=0)
+        values.append(found | {"loss": loss})
     assert values[0]["rows"] != values[1]["rows"] or values[0]["loss_set"] != values[1]["loss_set"]
     for name in ("loss", "loss_image", "loss_set", "rows", "positives"):
         assert values[2][name].item() == pytest.approx((values[0][name] + values[1][name]).item() / 2, rel=1e-5)
+    for name in ("loss_chance", "std_spread"):  # the same in each direction, and still plain numbers
+        assert values[2][name] == values[0][name] and isinstance(values[2][name], float)
 
 
 def test_total_loss_weighs_the_two_terms():
-    for weight in (0.0, 0.3, 1.0):
+    for weight in (0.3, 1.0):
         method, _ = tiny("--loss-weight", str(weight))
-        _, values = method(method.query, *tiny_batch(), step=0)
+        loss, values = method(method.query, *tiny_batch(), step=0)
         want = (1 - weight) * values["loss_image"] + weight * values["loss_set"]
-        assert values["loss"].item() == pytest.approx(want.item(), rel=1e-6)
+        assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+        assert values["loss_image"] != values["loss_set"]
 
 
 def test_keys_are_normalised_in_other_company_than_queries(monkeypatch):
@@ -622,13 +704,12 @@ def test_keys_are_normalised_in_other_company_than_queries(monkeypatch):
         hook = method.key.trunk.bn1.register_forward_hook(
             lambda m, i, out, taken=taken: taken.append(i[0].mean((0, 2, 3)))
         )
-        permutation = setsim.torch.randperm(8, generator=common.generator("shuffle", 0, 0))
-        keys = method.encode_keys([view], permutation)
+        (key,) = method.momentum_keys(0, view)
         hook.remove()
         (want,) = method.key(view)
-        statistics[name] = torch.stack(taken), torch.equal(keys[0][1], want[1])
+        statistics[name] = torch.stack(taken), torch.equal(key.image, want.image)
         if name == "shuffled":  # row i of the result belongs to image i: nearest by far in spite of other statistics
-            distance = torch.cdist(keys[0][0].flatten(1), want[0].flatten(1))
+            distance = torch.cdist(key.z.flatten(1), want.z.flatten(1))
             assert distance.argmin(1).tolist() == list(range(8))
     assert statistics["plain"][1] and not statistics["shuffled"][1]
     assert (statistics["plain"][0] - statistics["shuffled"][0]).abs().max() > 1e-4
@@ -642,139 +723,297 @@ def test_batches_without_any_row_train_on():
     loss.backward()
     assert values["loss_set"].item() == 0 and values["empty"].item() == 1 and values["rows"].item() == 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in method.query.parameters())
-    assert all((p.grad == 0).all() for p in method.query.dense_head.parameters())
+    assert all((p.grad == 0).all() for p in method.query.cell_head.parameters())
 
 
-def test_baseline_has_no_dense_branch_and_is_moco():
-    method, _ = tiny("--matcher", "none")
-    assert not hasattr(method, "set_queue") and not any("dense" in name for name in method.state_dict())
-    q = tiny_batch()
-    loss, values = method(method.query, *q, step=0)
+@pytest.mark.parametrize("framework", ["moco", "simsiam"])
+def test_baseline_has_no_dense_branch_and_is_moco(framework):
+    """... or SimSiam. A weight of 0 leaves no trace of the set loss."""
+    method, _ = tiny("--loss-weight", "0", "--framework", framework)
+    assert not hasattr(method, "set_queue") and not any("cell" in name for name in method.state_dict())
+    method.match = None  # not called
+    loss, values = method(method.query, *tiny_batch(), step=0)
     assert loss.item() == values["loss_image"].item()
+    assert {*values} - {"loss_chance"} == {"loss_image", "std_image", "std_spread"}
+    loss.backward()
+    assert all(p.grad is not None for p in method.query.parameters())
 
 
-def test_health_values_against_a_count():
-    method, _ = tiny()
-    views = tiny_batch()
-    z_q, z_k = method.features(views[0], views[1])
-    # features() has the statistics of its own batch, in groups, and unshuffled keys: recompute the same way
-    found = method.matcher(z_q, z_k, views[2], views[3], None)
-    q, dense = F.normalize(torch.randn(8, 16), dim=1), F.normalize(torch.randn(8, 4, 16), dim=2)
-    values = setsim.health(found, q, dense)
-    sizes = [int(row.sum()) for image in found.positives for row in image if row.any()]
+@pytest.mark.parametrize("framework", ["moco", "simsiam"])
+def test_health_values_against_a_count(framework):
+    method, _ = tiny("--framework", framework)
+    rng = torch.Generator().manual_seed(0)
+
+    def encoded():
+        image, cells = torch.randn(2, 8, 16, generator=rng), torch.randn(2, 8, 4, 16, generator=rng)
+        return setsim.Encoded(torch.rand(8, 6, 2, 2, generator=rng), image[0], image[1], cells[0], cells[1])
+
+    if framework == "moco":
+        method.image_queue, method.set_queue = (common.Queue(20, 16, rng) for _ in "is")
+    query, key, positives = encoded(), encoded(), torch.rand(8, 4, 4, generator=rng) > 0.7
+    positives[3] = False  # an image without rows
+    method.match = lambda *views, rng: setsim.Match((), (), None, positives)
+    _, values = method.compare(query, key, *tiny_batch()[2:], rng)
+    sizes = [int(row.sum()) for image in positives for row in image if row.any()]
     assert values["positives"].item() == pytest.approx(sum(sizes) / len(sizes))
     assert values["rows"].item() == pytest.approx(len(sizes) / 8)
-    assert values["std_image"].item() == pytest.approx(np.std(q.numpy(), axis=0).mean(), abs=1e-6)
-    assert values["std_dense"].item() == pytest.approx(np.std(dense.reshape(32, 16).numpy(), axis=0).mean(), abs=1e-6)
+    assert values["empty"].item() == sum(not image.any() for image in positives) / 8 > 0
+    spread_of = query if framework == "moco" else key  # SimSiam: of projections
+    for name, x in (("std_image", spread_of.image), ("std_dense", spread_of.cells.flatten(0, 1))):
+        unit = (x / x.norm(dim=1, keepdim=True)).numpy()
+        assert values[name].item() == pytest.approx(np.std(unit, axis=0).mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("framework, D", [("moco", 128), ("simsiam", 512)])
+def test_numbers_to_compare_with_are_plain(framework, D):
+    """A log averages tensors and takes numbers as they are. Losses and spreads are shown beside a guess's."""
+    method, _ = tiny("--framework", framework)
+    loss, values = method(method.query, *tiny_batch(), step=0)
+    plain = {name: value for name, value in values.items() if not torch.is_tensor(value)}
+    want = {"std_spread": D**-0.5} | ({"loss_chance": math.log(21)} if framework == "moco" else {})
+    assert plain == pytest.approx(want) and all(type(value) is float for value in plain.values())
+    assert all(values[name].ndim == 0 for name in values.keys() - plain.keys()) and loss.ndim == 0
+    drawn = F.normalize(torch.randn(4000, D, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert drawn.std(0, correction=0).mean().item() == pytest.approx(values["std_spread"], rel=0.01)
 
 
 def test_simsiam_iteration():
-    simsiam = (
-        "--data scenes --arch resnet18 --size 64 --batch-size 8 --dim 32 --framework simsiam --geometry 0.5".split()
-    )
-    args = setsim.get_args(simsiam)
-    method = setsim.build(args, common.World(0, 1, 0, torch.device("cpu")))
+    method, args = tiny("--framework", "simsiam", "--geometry")
     views = tiny_batch()
     views[3][:, 2] = 0.4
     loss, values = method(method.query, *views, step=0)
     loss.backward()
-    assert all(p.grad is not None for p in method.query.parameters())
+    network = method.query
+    assert method.key is None and not any("queue" in name for name in method.state_dict())
+    assert all(p.grad is not None for p in network.parameters())
     # B16: the last norm of every residual branch starts at gain zero
-    assert all((block.bn2.weight == 0).all() for block in method.query.trunk.layer4)
+    assert all((block.bn2.weight == 0).all() for block in network.trunk.layer4)
     # S17: three-layer projectors whose last norm has no affine part, predictors with a bottleneck of a quarter
     for projector, predictor in (
-        (method.query.projector, method.query.predictor),
-        (method.query.dense_projector, method.query.dense_predictor),
+        (network.image_head, network.image_predictor),
+        (network.cell_head, network.cell_predictor),
     ):
-        assert [type(m).__name__ for m in projector][-1].startswith("BatchNorm") and projector[-1].weight is None
+        assert type(projector[-1]).__name__.startswith("BatchNorm") and projector[-1].weight is None
         assert sum(hasattr(m, "weight") and m.weight is not None and m.weight.ndim > 1 for m in projector) == 3
-        assert predictor[0].weight.shape[:2] == (8, 32) and predictor[-1].bias is not None
+        assert predictor[0].weight.shape[:2] == (128, 512) and predictor[-1].bias is not None
     # S18 by hand from the network's outputs
-    method2 = setsim.build(args, common.World(0, 1, 0, torch.device("cpu")))
+    method2 = setsim.build(args, torch.device("cpu"))
     one, other = method2.query(views[0], views[1])
-    found = method2.matcher(one[0], other[0], views[2], views[3], None)
-    back = method2.matcher(other[0], one[0], views[3], views[2], None)
-    image = -(F.cosine_similarity(one[2], other[1]).mean() + F.cosine_similarity(other[2], one[1]).mean()) / 2
-    dense = setsim.set_cosine_loss(setsim.cells(one[4]), setsim.cells(other[3]), found.positives)
-    dense = dense + setsim.set_cosine_loss(setsim.cells(other[4]), setsim.cells(one[3]), back.positives)
+    found = method2.match(one.z, other.z, views[2], views[3])
+    back = method2.match(other.z, one.z, views[3], views[2])
+    image = F.cosine_similarity(one.image_prediction, other.image).mean()
+    image = -(image + F.cosine_similarity(other.image_prediction, one.image).mean()) / 2
+    dense = setsim.set_cosine_loss(one.cells_prediction, other.cells, found.positives)
+    dense = dense + setsim.set_cosine_loss(other.cells_prediction, one.cells, back.positives)
     assert values["loss_image"].item() == pytest.approx(image.item(), abs=1e-5)
     assert loss.item() == pytest.approx((0.5 * image + 0.25 * dense).item(), abs=1e-5)
-    assert found.set_q.sum(1).tolist() == [1] * 8  # S24: 30 % of 2 x 2 cells
+    assert found.sets[0].sum(1).tolist() == [1] * 8  # S24: 30 % of 2 x 2 cells
+
+
+def test_method_measures_and_draws_what_its_loss_sees(tmp_path, monkeypatch):
+    """Both networks, unshuffled, and the match of these views; `draw` gets the same."""
+    drawn = []
+    monkeypatch.setattr(look, "draw_matches", lambda *a: drawn.append(a))
+    for framework in ("moco", "simsiam"):
+        method, _ = tiny("--framework", framework)
+        if method.key:
+            torch.nn.init.normal_(method.key.trunk.conv1.weight, std=0.1)
+        views = tiny_batch()
+        views[3][:, 2] = 0.4
+        with torch.no_grad():
+            z_q, z_k = method.query(views[0])[0].z, (method.key or method.query)(views[1])[0].z
+            similarity = setsim.cosine_similarity(z_q.flatten(2), z_k.flatten(2))
+            want = look.correspondence(similarity, views[2], views[3], 2, 2)
+            assert method.measure(*views) == want
+            method.draw(tmp_path / "x.png", *views)
+        path, view_q, view_k, found, H, W = drawn.pop()
+        assert (path, H, W) == (tmp_path / "x.png", 2, 2) and view_q is views[0] and view_k is views[1]
+        assert torch.equal(found.similarity, similarity)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings
 # ----------------------------------------------------------------------------------------------------------------------
 
+SAME = dict(matcher="set2set-nn", set="0.7", geometry=None, symmetric=False, lr=0.03, arch="resnet50", size=224, amp="none",
+            batch_size=256, epochs=200, queue_size=None, ema=0.999, temperature=0.2, loss_weight=0.5)  # fmt: skip
 PRESETS = {  # literal copy of the two columns of the table of presets
-    "paper": dict(attention="abs", threshold=0.7, ratio=None, mu=0.0, matcher="set2set-nn", geometry=None, symmetric=False, lr=0.03,
-                  batch_size=256, epochs=200, queue_size=65536, ema=0.999, temperature=0.2, loss_weight=0.5, momentum=0.9,
-                  weight_decay=1e-4, dim=128, arch="resnet50", size=224, amp="none", group_size=32),
-    "official": dict(attention="square", threshold=0.7, ratio=None, mu=0.2, matcher="set2set", geometry=0.5, symmetric=False, lr=0.03,
-                     batch_size=256, epochs=200, queue_size=65536, ema=0.999, temperature=0.2, loss_weight=0.5),
-}  # fmt: skip
+    "paper": SAME,
+    "official": SAME | dict(matcher="set2set", geometry=0.5),
+}
+SIMSIAM = dict(lr=0.1, symmetric=True)
+DEMO = dict(
+    data="scenes", arch="resnet18", size=136, batch_size=64, epochs=3, queue_size=512, ema=0.99, temperature=0.1
+)
+
+
+def settings(flags):
+    return vars(setsim.get_args(["--data", "x", *flags.split()]))
+
+
+def differing(flags):
+    """What a command line changes in the settings of the bare one."""
+    bare = settings("")
+    return {name: value for name, value in settings(flags).items() if value != bare[name]}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets(preset):
-    args = setsim.get_args(["--data", "x", "--preset", preset])
-    assert {name: getattr(args, name) for name in PRESETS[preset]} == PRESETS[preset]
-    simsiam = setsim.get_args(["--data", "x", "--preset", preset, "--framework", "simsiam"])
-    assert (simsiam.lr, simsiam.dim, simsiam.fix_pred_lr) == (0.1, 2048, True)
-    chosen = (None, 30.0) if preset == "paper" else (0.7, None)
-    assert (simsiam.threshold, simsiam.ratio) == chosen
-    won = setsim.get_args(["--data", "x", "--preset", preset, "--mu", "0.4", "--matcher", "set2set-nn", "--lr", "1"])
-    assert (won.mu, won.matcher, won.lr) == (0.4, "set2set-nn", 1)
+    args = settings(f"--preset {preset}")
+    assert {name: args[name] for name in PRESETS[preset]} == PRESETS[preset]
+    simsiam = settings(f"--preset {preset} --framework simsiam")
+    chosen = SIMSIAM | {"set": "30%" if preset == "paper" else "0.7"}
+    assert {name: simsiam[name] for name in PRESETS[preset]} == PRESETS[preset] | chosen
+
+
+def test_groups_are_of_32_images(monkeypatch):
+    monkeypatch.undo()  # of groups_of_four
+    assert common.GROUP == 32
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_demo_settings(fast, monkeypatch):
+    monkeypatch.setattr(setsim, "bf16_is_fast", lambda: fast)
+    amp = {"amp": "bf16"} if fast else {}
+    assert vars(setsim.get_args(["--demo"]))["data"] == "scenes"
+    changed = DEMO | amp | {"demo": True}
+    del changed["data"]  # is given
+    assert differing("--demo") == changed | {"lr": 0.6}
+    simsiam = {"framework": "simsiam", "set": "30%", "lr": 0.1, "symmetric": True}
+    assert differing("--demo --framework simsiam") == changed | simsiam
+
+
+@pytest.mark.parametrize(
+    "preset, given",
+    [
+        ("--demo", {"arch": "resnet50", "size": 224, "batch_size": 256, "epochs": 200, "queue_size": 65536}),
+        ("--demo", {"lr": 0.03, "ema": 0.999, "temperature": 0.2, "amp": "none", "data": "y"}),
+        ("--demo --framework simsiam", {"lr": 0.03, "set": "0.7", "matcher": "set2set", "epochs": 5}),
+        ("--preset official", {"matcher": "set2set-nn", "geometry": 0.7, "set": "30%"}),
+        ("--framework simsiam", {"set": "0.7", "lr": 0.03}),
+        ("--framework simsiam --preset official", {"set": "30%", "lr": 0.1, "matcher": "set2set-nn"}),
+        *((f"--matcher {matcher}", {"set": "10%"}) for matcher in setsim.PIXEL_MATCHERS),
+        ("--demo --preset official --framework simsiam --matcher sort", {"set": "50%", "lr": 0.6, "amp": "none"}),
+    ],
+)
+def test_what_stands_on_the_command_line_wins(preset, given, monkeypatch):
+    """... over every preset, the defaults of the bare command among the values. Nothing else changes."""
+    monkeypatch.setattr(setsim, "bf16_is_fast", lambda: True)
+    without = settings(preset)
+    assert all(without[name] != value for name, value in given.items() if (name, value) != ("lr", 0.1))
+    words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+    for flags in (f"{preset} {words}", f"{words} {preset}"):  # in any order
+        assert settings(flags) == without | given
 
 
 @pytest.mark.parametrize("preset", ["paper", "official"])
-def test_presets_reach_the_matcher_and_the_views(preset, monkeypatch):
-    """What no flag shows: the rule at mu, the order of the flip."""
-    calls = []
+def test_presets_reach_the_matcher(preset, monkeypatch):
+    """What no flag shows: mu and the rule at mu, the statistic of the attention."""
+    calls, squares = [], []
     monkeypatch.setattr(setsim, "set_to_set", lambda *a: calls.append(a) or torch.zeros(8, 4, 4, dtype=torch.bool))
-    method, args = tiny("--preset", preset)
+    attention_map = setsim.attention_map
+    monkeypatch.setattr(setsim, "attention_map", lambda z, square: squares.append(square) or attention_map(z, square))
+    method, _ = tiny("--preset", preset)
     method(method.query, *tiny_batch(), step=0)
-    mu, nearest, kept_at_mu, geometry = calls[0][3:]
-    assert (mu, nearest, kept_at_mu) == {"paper": (0.0, True, False), "official": (0.2, False, True)}[preset]
-    assert (geometry is not None) == (preset == "official")
-    first = []
-    monkeypatch.setattr(setsim, "random_view", lambda image, size, flip_first: first.append(flip_first) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # stop where the first view is drawn for training
-        setsim.TwoViews([(None, 0)], 64, args.preset == "official", 0)[0, 0]
-    assert first == [preset == "official"]
+    mu, nearest, geometry, official = calls[0][3:]
+    assert (mu, nearest, official) == {"paper": (0.0, True, False), "official": (0.2, False, True)}[preset]
+    assert (geometry is not None) == (preset == "official") and squares == [preset == "official"] * 2
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", dict(matcher="set2set-nn", rule="0.7", geometry=None, official=False)),
+        ("--matcher set2set --set 40% --geometry", dict(matcher="set2set", rule="40%", geometry=0.5, official=False)),
+        ("--matcher geometry --geometry 0.7", dict(matcher="geometry", rule="0.7", geometry=0.7, official=False)),
+        ("--framework simsiam", dict(matcher="set2set-nn", rule="30%", geometry=None, official=False)),
+        ("--preset official --set 0.6", dict(matcher="set2set", rule="0.6", geometry=0.5, official=True)),
+    ],
+)
+def test_settings_reach_the_matcher(flags, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr(setsim, "match", lambda *views, rng, **found: seen.append(found) or 1 / 0)
+    method, _ = tiny(*flags.split())
+    with pytest.raises(ZeroDivisionError):
+        method(method.query, *tiny_batch(), step=0)
+    assert seen == [expected]
 
 
 def test_pixel_matchers_and_geometry_have_their_defaults():
     for matcher in setsim.PIXEL_MATCHERS:
-        args = setsim.get_args(["--data", "x", "--matcher", matcher])
-        assert (args.ratio, args.threshold) == (30.0, None)
-    assert setsim.get_args(["--data", "x", "--matcher", "geometry"]).geometry == 0.5
-    assert setsim.get_args(["--data", "x", "--preset", "official", "--matcher", "densecl"]).geometry is None
-    assert setsim.get_args(["--data", "x", "--framework", "simsiam", "--threshold", "0.6"]).ratio is None
-    assert setsim.get_args(["--data", "x", "--ratio", "10"]).threshold is None
+        for others in ("", "--preset official", "--framework simsiam", "--demo"):
+            assert settings(f"--matcher {matcher} {others}")["set"] == "30%"
+    assert differing("--geometry") == {"geometry": 0.5} and settings("--geometry --symmetric")["geometry"] == 0.5
+    assert differing("--geometry 0.7") == {"geometry": 0.7}
+    assert settings("--framework simsiam --set 0.6")["set"] == "0.6"
+    method, _ = tiny("--framework", "simsiam", "--no-symmetric")
+    assert method.symmetric  # SimSiam always is
+
+
+def refused(capsys, flags):
+    """The message with which a command line is refused."""
+    with pytest.raises(SystemExit) as error:
+        setsim.get_args(flags.split())
+    usage, message = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2 and usage.startswith("usage: ") and ": error: " in message
+    return message.split(": error: ")[1]
+
+
+@pytest.mark.parametrize("text", ["0.7", "0", "1", "1e-3", "30%", "1%", "100%", "12.5%"])
+def test_set_is_a_threshold_or_a_share(text):
+    assert settings(f"--set {text}")["set"] == text
+    A = setsim.attention_map(torch.rand(2, 3, 5, 8, generator=torch.Generator().manual_seed(0)).flatten(2))
+    z = torch.rand(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    found = setsim.match(z, z, None, None, rule=text).sets[0]
+    share = text.endswith("%")
+    want = setsim.ratio_set(A, float(text[:-1])) if share else setsim.threshold_set(A, float(text))
+    assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("0%", "0: must be between 1 and 100"),
+        ("0.5%", "0.5: must be between 1 and 100"),
+        ("101%", "101: must be between 1 and 100"),
+        ("nan%", "nan: must be between 1 and 100"),
+        ("1.5", "1.5: must be between 0 and 1"),
+        ("30", "30: must be between 0 and 1"),
+        ("nan", "nan: must be between 0 and 1"),
+        ("abc", "'abc'"),
+        ("%", "'%'"),
+        ("30%%", "'30%%'"),
+    ],
+)
+def test_set_that_makes_no_sense(text, words, capsys):
+    message = refused(capsys, f"--data x --set {text}")
+    assert message.startswith("argument --set: ") and message.endswith(words)
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("", "--data"),
-        ("--data x --temperature 0", "--temperature 0.0: must be at least 0.001"),
-        ("--data x --ratio 0.5", "--ratio 0.5: must be between 1 and 100"),
-        ("--data x --threshold nan", "--threshold"),
-        ("--data x --threshold 0.5 --ratio 30", "give one"),
-        ("--data x --framework simsiam --queue-size 8", "--queue-size has no effect"),
-        ("--data x --framework simsiam --symmetric", "--symmetric has no effect"),
-        ("--data x --fix-pred-lr", "--fix-pred-lr has no effect"),
-        ("--data x --matcher densecl --mu 0.1", "--mu has no effect"),
-        ("--data x --matcher sort --threshold 0.7", "use --ratio"),
-        ("--data x --matcher none --geometry 0.5", "--geometry has no effect"),
-        ("--data x --matcher none --loss-weight 0.1", "--loss-weight has no effect"),
+        ("", "give --data DIR (a folder of images), or --demo"),
+        ("--data x --temperature 0", "argument --temperature: 0: must be at least 0.001"),
+        ("--data x --loss-weight 1.1", "argument --loss-weight: 1.1: must be between 0 and 1"),
+        ("--data x --ema -0.1", "argument --ema: -0.1: must be between 0 and 1"),
+        ("--data x --geometry 0", "argument --geometry: 0: must be at least 1e-06"),
+        ("--data x --queue-size 0", "argument --queue-size: 0: must be at least 1"),
+        ("--data x --lr nan", "argument --lr: nan: must be at least 0"),
+        ("--data x --lr fast", "argument --lr: invalid float value: 'fast'"),
+        ("--data x --epochs 2.5", "argument --epochs: invalid int value: '2.5'"),
+        ("--data x --matcher none", "argument --matcher: invalid choice: 'none'"),
+        ("--data x --threshold 0.5", "unrecognized arguments: --threshold 0.5"),
+        *(
+            (f"--data x --matcher {matcher} --set 0.7", f"--matcher {matcher} pairs cells one to one")
+            for matcher in setsim.PIXEL_MATCHERS
+        ),
     ],
 )
-def test_settings_that_make_no_sense(flags, words):
-    with pytest.raises(common.UserError, match=words.replace("(", r"\(")) as error:
-        setsim.get_args(flags.split())
-    assert "\n" not in str(error.value)
+def test_settings_that_make_no_sense(flags, words, capsys):
+    message = refused(capsys, flags)
+    assert message.startswith(words)
+    assert "one to one" not in words or message.endswith("give --set in percent")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -784,34 +1023,24 @@ def test_settings_that_make_no_sense(flags, words):
 
 def test_pieces_work_alone(monkeypatch):
     """The source of each function by itself, with nothing but libraries in scope, passes the same oracles."""
-    pieces = [
-        ("attention_map",),
-        ("threshold_set",),
-        ("ratio_set",),
-        ("cosine_similarity",),
-        ("set_to_set",),
-        ("random_pairs",),
-    ]
+    pieces = "attention_map threshold_set ratio_set cosine_similarity set_to_set one_to_one image_cosine_loss"
+    pieces = [(name,) for name in f"{pieces} set_cosine_loss random_view".split()]
     pieces += [
-        ("sorted_pairs",),
-        ("hungarian_pairs",),
         ("cell_centres", "geometry_pairs"),
-        ("image_cosine_loss",),
-        ("set_cosine_loss",),
+        ("random_view", "two_views"),
+        ("ratio_set", "threshold_set", "select"),
     ]
-    pieces += [
-        ("NegativeLogSumExp", "negative_logsumexp"),
-        ("cell_centres", "correspondence_accuracy"),
-        ("random_view",),
-    ]
-    for loss in ("image_contrastive_loss", "set_contrastive_loss"):
-        pieces += [("NegativeLogSumExp", "negative_logsumexp", loss)]
+    negatives = "NegativeLogSumExp", "negative_logsumexp"
+    pieces += [negatives, (*negatives, "image_contrastive_loss"), (*negatives, "set_contrastive_loss")]
     for names in pieces:
         for name, alone in zip(names, lifted("setsim.py", *names), strict=True):
-            monkeypatch.setattr(setsim, name, alone)
+            assert alone is not getattr(setsim, name, None)
+            monkeypatch.setattr(setsim, name, alone, raising=name != "NegativeLogSumExp")
+    monkeypatch.setattr(look, "correspondence", *lifted("harness/look.py", "correspondence"))
     test_views_follow_the_recipe()
     test_attention_on_a_worked_example()
     test_ratio_ties_go_by_index()
+    test_set_is_a_threshold_or_a_share("30%")
     test_cosine_similarity_against_a_loop()
     test_set_to_set_against_a_double_loop(True, False, 0.0, True)
     test_random_pairs()
@@ -822,3 +1051,4 @@ def test_pieces_work_alone(monkeypatch):
     test_image_loss_is_cross_entropy_with_target_zero()
     test_simsiam_losses_and_their_stop_gradient()
     test_correspondence_accuracy_on_known_answers()
+    assert [x.shape for x in setsim.two_views(Image.new("RGB", (9, 9)), 8)] == [(3, 8, 8)] * 2 + [(4,)] * 2

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import pickle
 import random
 import re
 import resource
@@ -27,11 +28,13 @@ from PIL import Image
 
 import common
 import setsim
+from harness import weights
+from harness.run import Run
 
 
 def train(*flags):
     """The script within this process, which saves the seconds that a new interpreter needs to import torch."""
-    setsim.main([str(flag) for flag in flags])
+    setsim.train([str(flag) for flag in flags])
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,8 @@ def test_outputs(finished):
     lines = log_lines(folder)
     assert lines[0]["command"].endswith(str(folder)) and lines[0]["versions"]["torch"] == torch.__version__
     assert "32 scenes" in lines[0]["settings"]["files"]
-    assert lines[1]["probe"]["cells"] > 50 and lines[-1]["probe"]["cells"] == lines[1]["probe"]["cells"]
+    start, end = lines[1]["probe"], lines[-1]["probe"]
+    assert start["count"] == end["count"] > 50 and start["chance"] == end["chance"] and 0 < start["hits"] < 1
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [2, 4, 6, 8]
     assert steps[0]["loss_chance"] == pytest.approx(3.2189, abs=1e-4)  # ln 25
@@ -80,15 +84,23 @@ def test_outputs(finished):
     assert health <= steps[0].keys()
     assert [line["lr"] for line in steps] == pytest.approx([0.1 * 8 / 256 * x for x in (1, 1, 0.5, 0.5)])
     assert "lr 0.003125 = 0.1 x 8/256" in text and "step 8/8" in text and "eta 0:00:00" in text
+    shown = next(line for line in text.splitlines() if line.startswith("step 8/8 "))
+    assert all(f" {name} " in shown for name in ("loss", "loss_image", "loss_set", "positives", "rows", "empty"))
+    assert "chance" not in shown and "std" not in shown
 
 
-def test_queue_shrinks_to_the_data(tmp_path, capsys):
-    flags = "--data scenes:32 --arch resnet18 --size 64 --batch-size 8 --group-size 4 --workers 0 --steps 0".split()
+def test_queue_shrinks_to_the_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "GROUP", 4)
+    flags = "--data scenes:32 --arch resnet18 --size 64 --batch-size 8 --workers 0 --steps 0".split()
     train(*flags, "--output-dir", tmp_path / "a")
-    assert "queue: 24 keys instead of 65536" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "queue: 24 keys instead of 65536" in text and "one group" not in text
+    state = checkpoint(tmp_path / "a")
+    assert state["model"]["set_queue.vectors"].shape == (24, 128) and state["settings"]["queue_size"] == 24
     train(*flags, "--queue-size", "100", "--output-dir", tmp_path / "b")
     assert "warning: --queue-size 100 can hold several keys of one image" in capsys.readouterr().out
-    train(*flags, "--group-size", "8", "--output-dir", tmp_path / "c")
+    monkeypatch.setattr(common, "GROUP", 8)
+    train(*flags, "--output-dir", tmp_path / "c")
     assert "warning: one group of images" in capsys.readouterr().out
 
 
@@ -97,8 +109,10 @@ def test_finished_run_says_so(finished, capsys):
     before = (folder / "checkpoint.pth").stat().st_mtime_ns
     train(*TINY, "--output-dir", folder)
     assert "finished" in capsys.readouterr().out
-    elsewhere = folder.parent / "elsewhere"  # a finished run's checkpoint gives a new folder all its files
-    train(*TINY, "--output-dir", elsewhere, "--resume", folder / "checkpoint.pth")
+    elsewhere = folder.parent / "elsewhere"  # a finished run's checkpoint alone gives a new folder all its files
+    elsewhere.mkdir()
+    shutil.copy(folder / "checkpoint.pth", elsewhere)
+    train(*TINY, "--output-dir", elsewhere)
     assert {"checkpoint.pth", "resnet18.pth", "matches_end.png"} <= set(os.listdir(elsewhere))
     assert_same(checkpoint(elsewhere)["model"], checkpoint(folder)["model"])
     assert (folder / "checkpoint.pth").stat().st_mtime_ns == before
@@ -201,35 +215,74 @@ def test_two_processes_on_a_cpu(tmp_path):
     assert checkpoint(tmp_path)["settings"]["processes"] == 2
 
 
+def test_one_process_equals_two_in_every_tensor(tmp_path):
+    """64 images in one process, or 32 in each of two: all that rank 0 saves, running statistics included (B15, B17).
+
+    The keys are shuffled over all 64 images. Two steps of the symmetric loss: each network has seen four groups.
+    """
+    flags = "--data scenes:64 --batch-size 64 --queue-size 200 --symmetric --geometry --lr 0.5 --steps 2".split()
+    flags = [*TINY, *flags, "--output-dir"]
+    run("setsim.py", *flags, tmp_path / "two", processes=2)
+    train(*flags, tmp_path / "one")
+    one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    assert one["settings"] | {"processes": 2} == two["settings"]
+    assert one["model"].keys() == two["model"].keys()
+    moved = 0
+    for name, tensor in one["model"].items():
+        if name.endswith(("num_batches_tracked", "pointer")):
+            assert torch.equal(two["model"][name], tensor)
+            assert tensor == (2 * 2 * 64 % 200 if "pointer" in name else 4)
+        else:  # fp32, sums in another order
+            torch.testing.assert_close(
+                two["model"][name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: n + text
+            )
+            moved += "running_mean" in name and (tensor.abs() > 1e-3).any().item()
+    assert moved == 40
+    for line, other in zip(*(log_lines(tmp_path / name) for name in ("one", "two")), strict=True):
+        if "loss" in line:  # means over the processes
+            for name in ("loss", "loss_image", "loss_set", "rows", "empty", "loss_chance"):
+                assert other[name] == pytest.approx(line[name], rel=1e-4)
+
+
 def test_resume_with_other_settings_is_refused_and_named(finished, tmp_path):
     folder, _ = finished
     before = checkpoint(folder)
-    message = in_process(*TINY, "--output-dir", folder, "--mu", "0.3", "--lr", "0.2")
-    assert "mu 0.0 -> 0.3" in message and "lr 0.1 -> 0.2" in message
+    message = in_process(*TINY, "--output-dir", folder, "--set", "0.6", "--lr", "0.2")
+    assert "set '0.7' -> '0.6'" in message and "lr 0.1 -> 0.2" in message
     write_images(tmp_path / "images", 32)
     assert "files '32 scenes" in in_process(*TINY, "--output-dir", folder, "--data", tmp_path / "images")
-    torch.save(before | {"settings": before["settings"] | {"processes": 2}}, tmp_path / "of_two.pth")
-    assert "processes 2 -> 1" in in_process(*TINY, "--output-dir", tmp_path / "x", "--resume", tmp_path / "of_two.pth")
+    of_two = before | {"settings": before["settings"] | {"processes": 2}}
+    assert "processes 2 -> 1" in in_process(*TINY, "--output-dir", folder_with(tmp_path / "of_two", of_two))
     train(*TINY, "--output-dir", folder, "--print-freq", "7", "--save-every", "5", "--workers", "2")  # these may differ
     assert_same(before, checkpoint(folder))
 
 
-def test_explicit_resume(finished, tmp_path, capsys):
+def test_a_copied_folder_goes_on_by_itself(finished, tmp_path, capsys):
+    """How to branch off. The same command again goes on from the copy's own step."""
     folder, _ = finished
     train(*TINY, "--steps", "2", "--output-dir", tmp_path / "own")
-    moved = [*TINY, "--output-dir", tmp_path / "new", "--resume", tmp_path / "own" / "checkpoint.pth"]
-    train(*moved, "--steps", "3")
-    train(*moved)  # the same command again: from step 3 of its own, not from step 2
+    shutil.copytree(tmp_path / "own", tmp_path / "new")
+    train(*TINY, "--steps", "3", "--output-dir", tmp_path / "new")
+    train(*TINY, "--output-dir", tmp_path / "new")
     assert "continued from step 3" in capsys.readouterr().out
     assert_same(checkpoint(tmp_path / "new"), checkpoint(folder))
-    flags = [*TINY, "--output-dir", tmp_path / "x", "--resume", "nowhere.pth"]
-    assert in_process(*flags) == "--resume nowhere.pth: no such file"
+    assert checkpoint(tmp_path / "own")["step"] == 2
+
+
+def folder_with(folder, state):
+    """A folder whose checkpoint.pth holds bytes as they are, or anything else by torch.save."""
+    folder.mkdir()
+    if isinstance(state, bytes):
+        (folder / "checkpoint.pth").write_bytes(state)
+    else:
+        torch.save(state, folder / "checkpoint.pth")
+    return folder
 
 
 def in_process(*flags):
-    """main() in this process, for the many errors: the message of its UserError."""
+    """The message of the UserError with which a run within this process ends."""
     with pytest.raises(common.UserError) as error:
-        setsim.main([str(flag) for flag in flags])
+        train(*flags)
     message = str(error.value)
     assert "\n" not in message and len(message) < 400
     return message
@@ -247,16 +300,17 @@ def test_bad_input_in_one_clear_line(finished, tmp_path):
     assert "32 images are fewer than --batch-size 64" in in_process(*tiny, "--batch-size", "64")
     assert "--output-dir" in in_process(*TINY, "--output-dir", tmp_path / "file")
     assert "--output-dir" in in_process(*TINY, "--output-dir", tmp_path / "file" / "below")
-    for kind, content in {"garbage": b"garbage", "empty": b""}.items():
-        (tmp_path / f"{kind}.pth").write_bytes(content)
-        assert "not a checkpoint" in in_process(*tiny, "--resume", tmp_path / f"{kind}.pth")
-        assert "not a checkpoint" in in_process(*tiny, "--init", tmp_path / f"{kind}.pth")
-    assert "go to --init" in in_process(*tiny, "--resume", folder / "resnet18.pth")
-    state = checkpoint(folder)
-    torch.save(state | {"script": "resim"}, tmp_path / "resim.pth")
-    assert "a checkpoint of resim.py" in in_process(*tiny, "--resume", tmp_path / "resim.pth")
+    for kind, content in {"garbage": b"garbage", "empty_file": b""}.items():
+        broken = folder_with(tmp_path / kind, content)
+        assert "not a checkpoint" in in_process(*TINY, "--output-dir", broken)
+        assert "not a checkpoint" in in_process(*tiny, "--init", broken / "checkpoint.pth")
+    weights_alone = torch.load(folder / "resnet18.pth")
+    assert "go to --init" in in_process(*TINY, "--output-dir", folder_with(tmp_path / "weights", weights_alone))
+    of_resim = folder_with(tmp_path / "resim", checkpoint(folder) | {"script": "resim"})
+    assert "a checkpoint of resim.py" in in_process(*TINY, "--output-dir", of_resim)
     assert "check --arch" in in_process(*tiny, "--arch", "resnet34", "--init", folder / "resnet18.pth")
-    assert "resnet18' -> 'resnet34" in in_process(*tiny, "--arch", "resnet34", "--resume", folder / "checkpoint.pth")
+    assert "resnet18' -> 'resnet34" in in_process(*TINY, "--arch", "resnet34", "--output-dir", folder)
+    assert in_process(*tiny, "--init", "nowhere.pth") == "nowhere.pth: no such file"
     if os.getuid() != 0:
         (tmp_path / "locked").mkdir(mode=0)
         assert "cannot read the folder" in in_process("--data", tmp_path / "locked", *out)
@@ -265,60 +319,62 @@ def test_bad_input_in_one_clear_line(finished, tmp_path):
 def test_exit_code_of_bad_input():
     text = run("setsim.py", "--data", "/nowhere/at/all", expect=2)
     assert text.startswith("setsim.py: error: --data /nowhere/at/all: no such folder") and len(text.splitlines()) == 1
+    usage, message = run("setsim.py", "--data", "x", "--epochs", "0", expect=2).splitlines()
+    assert usage.startswith("usage: setsim.py --data DIR")
+    assert message == "setsim.py: error: argument --epochs: 0: must be at least 1"
 
 
 def test_batch_that_processes_cannot_share(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "start_processes", lambda: common.World(0, 2, 0, torch.device("cpu")))
+    monkeypatch.setattr(common, "start_processes", lambda: (0, 2, torch.device("cpu")))
     message = in_process(*TINY, "--batch-size", "9", "--output-dir", tmp_path)
     assert message == "--batch-size 9 is not divisible by 2 processes"
 
 
-def test_batches_that_batch_norm_cannot_do(tmp_path):
-    flags = [*TINY, "--output-dir", tmp_path]
-    assert "leave one alone" in in_process(*flags, "--batch-size", "3", "--group-size", "2")
+def test_batches_that_batch_norm_cannot_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "start_processes", lambda: (0, 2, torch.device("cpu")))
+    message = in_process(*TINY, "--batch-size", "2", "--output-dir", tmp_path)
+    assert message == "--batch-size 2 leaves one image for each process: batch norm needs two"
 
 
 def test_settings_reach_views_and_optimiser(tmp_path, monkeypatch):
-    """The preset's order of the flip; weight decay on everything (B3); SimSiam's predictors keep their lr (B6)."""
+    """Size of the views; weight decay on everything (B3); SimSiam's predictors keep their lr (B6)."""
     views, optimisers = [], []
-    two_views, sgd = setsim.TwoViews, torch.optim.SGD
-    monkeypatch.setattr(setsim, "TwoViews", lambda *a: views.append(a[2]) or two_views(*a))
+    steps, sgd = Run.steps, torch.optim.SGD
+    monkeypatch.setattr(Run, "steps", lambda run, *a: views.append(a) or steps(run, *a))
 
     def record(groups, *args, **kwargs):
         optimisers.append(sgd(groups, *args, **kwargs))
         return optimisers[-1]
 
     monkeypatch.setattr(torch.optim, "SGD", record)
-    flags = (
-        "--data scenes:16 --arch resnet18 --size 64 --batch-size 8 --workers 0 --epochs 2 --lr 0.32 --weight-decay 0.01"
-    )
-    for name, extra in {
-        "paper": "--framework simsiam --dim 16",
-        "official": "--preset official --queue-size 8",
-    }.items():
-        train(*flags.split(), *extra.split(), "--momentum", "0.5", "--output-dir", tmp_path / name)
-    assert views == [False, True]
+    flags = "--data scenes:16 --arch resnet18 --size 64 --batch-size 8 --workers 0 --epochs 2 --lr 0.32".split()
+    for name, extra in {"paper": "--framework simsiam", "official": "--preset official --queue-size 8"}.items():
+        train(*flags, *extra.split(), "--output-dir", tmp_path / name)
+    for (function,) in views:
+        function = pickle.loads(pickle.dumps(function))  # as workers get it where they do not fork
+        view_q, view_k, window_q, window_k = function(Image.new("RGB", (90, 70)))
+        assert view_q.shape == view_k.shape == (3, 64, 64) and window_q.shape == window_k.shape == (4,)
     simsiam, moco = optimisers
     assert [group["lr"] for group in simsiam.param_groups] == pytest.approx([0.005, 0.01])  # second of two epochs
-    assert [group["lr"] for group in moco.param_groups] == pytest.approx([0.005])
+    assert moco.param_groups[0]["lr"] == pytest.approx(0.005) and not moco.param_groups[1]["params"]
     predictors = sum(p.numel() for p in simsiam.param_groups[1]["params"])
-    assert predictors == 2 * (16 * 4 + 2 * 4 + 4 * 16 + 16)  # image and cells: 16-4-16 with a norm between
+    assert predictors == 2 * (512 * 128 + 2 * 128 + 128 * 512 + 512)  # image and cells: 512-128-512, a norm between
     for optimiser, network in ((simsiam, "paper"), (moco, "official")):
         state = checkpoint(tmp_path / network)["model"]
         learnt = sum(
             t.numel() for n, t in state.items() if n.startswith("query") and "running" not in n and "tracked" not in n
         )
         assert sum(p.numel() for group in optimiser.param_groups for p in group["params"]) == learnt
-        assert all((group["weight_decay"], group["momentum"]) == (0.01, 0.5) for group in optimiser.param_groups)
+        assert all((group["weight_decay"], group["momentum"]) == (1e-4, 0.9) for group in optimiser.param_groups)
 
 
 def test_other_ranks_take_part_and_write_nothing(tmp_path, monkeypatch):
-    """Synchronised batch norm waits for all processes, so the probe has to be run by all; files are the first one's."""
-    probed, original = [], setsim.probe
-    monkeypatch.setattr(setsim, "probe", lambda *a: probed.append(a[-1]) or original(*a))
-    monkeypatch.setattr(common, "start_processes", lambda: common.World(1, 1, 0, torch.device("cpu")))
+    """Synchronised batch norm waits for all processes, so all must measure. Files are the first one's."""
+    measured, original = [], Run.measure
+    monkeypatch.setattr(Run, "measure", lambda run, title, *a: measured.append(title) or original(run, title, *a))
+    monkeypatch.setattr(common, "start_processes", lambda: (1, 1, torch.device("cpu")))
     train(*TINY, "--steps", "1", "--output-dir", tmp_path)
-    assert probed == ["start", "end"] and os.listdir(tmp_path) == []
+    assert measured == ["start", "end"] and os.listdir(tmp_path) == []
 
 
 def test_full_disk_keeps_the_last_checkpoint(tmp_path):
@@ -382,18 +438,35 @@ def test_init_starts_both_encoders(finished, tmp_path, capsys):
     folder, _ = finished
     flags = [*TINY, "--output-dir", tmp_path, "--init", folder / "resnet18.pth"]
     args = setsim.get_args([str(flag) for flag in flags])
-    method = setsim.build(args, common.World(0, 1, 0, torch.device("cpu")), args.init)
+    method = setsim.build(args, torch.device("cpu"), args.init)
     for name, tensor in torch.load(folder / "resnet18.pth").items():
         for network in (method.query, method.key):
             assert torch.equal(network.trunk.state_dict()[name], tensor)
+    assert capsys.readouterr().out.count("backbone: ") == 1
     train(*flags, "--steps", "1")
     assert "backbone: 120 tensors of resnet18" in capsys.readouterr().out
     torch.testing.assert_close(  # a checkpoint serves as well
-        common.load_backbone(folder / "checkpoint.pth", "resnet18")[0],
+        weights.load_backbone(folder / "checkpoint.pth", "resnet18")[0],
         torch.load(folder / "resnet18.pth"),
         rtol=0,
         atol=0,
     )
+
+
+def test_init_is_not_read_again_on_resume(finished, tmp_path, capsys):
+    """The checkpoint holds everything: the file may be gone, and the weights are those of an uninterrupted run."""
+    start = shutil.copy(finished[0] / "resnet18.pth", tmp_path / "start.pth")
+    flags = [*TINY, "--init", start, "--output-dir"]
+    train(*flags, tmp_path / "whole", "--steps", "3")
+    train(*flags, tmp_path / "broken", "--steps", "2")
+    assert capsys.readouterr().out.count("backbone: ") == 2
+    os.remove(start)
+    train(*flags, tmp_path / "broken", "--steps", "3")
+    text = capsys.readouterr().out
+    assert "continued from step 2" in text and "backbone" not in text
+    assert_same(checkpoint(tmp_path / "broken"), checkpoint(tmp_path / "whole"))
+    other = [flag if flag != start else finished[0] / "resnet18.pth" for flag in flags]
+    assert "init " in in_process(*other, tmp_path / "broken")  # another start is another run
 
 
 def test_trains_with_the_cards_packages_alone(tmp_path):
@@ -423,23 +496,19 @@ def test_trains_with_the_cards_packages_alone(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--framework simsiam --batch-size 8 --dim 16",
-        "--matcher none",
+        "--framework simsiam --batch-size 8",
+        "--loss-weight 0",
         "--matcher hungarian --symmetric",
         "--preset official --amp bf16",
         pytest.param("--amp fp16", marks=pytest.mark.slow),  # emulated on most CPUs
     ],
 )
 def test_variants_run(flags, tmp_path):
-    base = list(TINY)
-    if "simsiam" in flags:
-        for name in ("--queue-size", "24", "--group-size", "4"):
-            base.remove(name)
-    train(*base, *flags.split(), "--steps", "2", "--output-dir", tmp_path)
+    train(*TINY, *flags.split(), "--steps", "2", "--output-dir", tmp_path)
     assert checkpoint(tmp_path)["step"] == 2
-    train(*base, *flags.split(), "--steps", "4", "--output-dir", tmp_path)
+    train(*TINY, *flags.split(), "--steps", "4", "--output-dir", tmp_path)
     lines = [line for line in log_lines(tmp_path) if "loss" in line]
-    assert len(lines) == 2 and ("loss_set" in lines[0]) == ("none" not in flags)
+    assert len(lines) == 2 and ("loss_set" in lines[0]) == ("--loss-weight 0" not in flags)
 
 
 PAPER_SIZE = [
@@ -454,7 +523,7 @@ PAPER_SIZE = [
 def test_paper_size_takes_two_steps(flags, tmp_path, monkeypatch):
     """ResNet-50, 224 pixels, K 65536: the paper's command with only --batch-size and --steps changed; one with pictures."""
     if flags:
-        monkeypatch.setattr(setsim, "probe", lambda *_: {})
+        monkeypatch.setattr(Run, "measure", lambda *_: None)
     k = [] if "simsiam" in flags else ["--queue-size", "65536"]
     train(*"--data scenes:16 --batch-size 8 --steps 2".split(), *flags.split(), *k, "--output-dir", tmp_path)
     line = [line for line in log_lines(tmp_path) if "loss" in line][-1]

@@ -25,9 +25,11 @@ from pycocotools.coco import COCO
 from torchvision.models._meta import _COCO_CATEGORIES
 
 import common
+import harness.images
+import harness.weights
 import resim
 from common import UserError
-from tools import openimages_mini, to_detectron2
+from tools import openimages_mini, released, to_detectron2
 from tools.openimages_mini import SHARED, coco_json, read_boxes, read_coco, sample, shared_classes, statistics
 
 HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
@@ -313,7 +315,7 @@ def test_the_json_holds_the_boxes_in_pixels(files, capsys):
         exif[0x0112] = k % 8 + 1  # of 5 to 8 it lies on its side
         stored = sizes[name][::-1] if k % 8 + 1 >= 5 else sizes[name]
         Image.new("RGB", stored).save(folder / "images" / f"{name}.jpg", exif=exif)
-        assert common.read_image(folder / "images" / f"{name}.jpg").size == sizes[name]
+        assert harness.images.read_image(folder / "images" / f"{name}.jpg").size == sizes[name]
     assert taken(flags, "--images", folder / "images") == ids
     coco = COCO(str(folder / "mini.json"))
     assert [coco.imgs[i + 1]["file_name"] for i in range(len(coco.imgs))] == [f"{name}.jpg" for name in ids]
@@ -664,21 +666,21 @@ def test_the_pickle_calls_nothing_that_only_some_versions_of_numpy_have(tmp_path
 def resim_files(folder, preset, *flags):
     """What resim.py leaves behind, and the same in the released layout; the key network is another than the query."""
     args = resim.get_args(["--data", "x", "--arch", "resnet18", "--preset", preset, *flags])
-    method = resim.build(args, common.World(0, 1, 0, torch.device("cpu")))
+    method = resim.build(args, torch.device("cpu"))
     for name, tensor in method.state_dict().items():
         if name.startswith("query.") and tensor.is_floating_point():
             tensor.copy_(torch.randn_like(tensor))
-    for name, weights in resim.exports(args, method).items():
-        torch.save(weights, folder / name)
+    for name, module in {"resnet18.pth": method.query.trunk, "fpn.pth": method.query.pyramid}.items():
+        harness.weights.save_weights(module, folder / name)
     torch.save({"script": "resim", "settings": {}, "model": method.state_dict()}, folder / "checkpoint.pth")
-    torch.save({"epoch": 200, "state_dict": resim.to_released(method.state_dict())}, folder / "released.pth.tar")
+    torch.save({"epoch": 200, "state_dict": released.to_released(method.state_dict())}, folder / "released.pth.tar")
     return method.query
 
 
 def test_the_pyramid_of_every_kind_of_file(tmp_path, capsys):
     query = resim_files(tmp_path, "official", "--queue-size", "8")
-    expected = {f"fpn_lateral{i}": query.pyramid.laterals[f"c{i}"] for i in (3, 4, 5)}
-    expected |= {f"fpn_output{i}": query.region_heads[f"p{i}"] for i in (3, 4)}
+    expected = {f"fpn_lateral{i}": query.pyramid.inner_blocks[f"{i - 2}"][0] for i in (3, 4, 5)}
+    expected |= {f"fpn_output{i}": query.pyramid.layer_blocks[f"{i - 2}"][0] for i in (3, 4)}
     for file, flags in (
         ("resnet18.pth", ("--fpn", tmp_path / "fpn.pth")),
         ("checkpoint.pth", ()),
@@ -706,7 +708,8 @@ def test_heads_that_are_no_output_convolutions_stay_behind(tmp_path, flags):
     for file, flags in (("checkpoint.pth", ()), ("resnet18.pth", ("--fpn", tmp_path / "fpn.pth"))):
         found = export(tmp_path / file, tmp_path / "resim.pkl", "--arch", "resnet18", *flags)["model"]
         assert sorted(name for name in found if name.startswith("fpn")) == sorted(FPN_NAMES[:6])
-        assert torch.equal(torch.from_numpy(found["fpn_lateral4.weight"]), query.pyramid.laterals["c4"].weight.detach())
+        lateral = query.pyramid.inner_blocks["2"][0].weight.detach()
+        assert torch.equal(torch.from_numpy(found["fpn_lateral4.weight"]), lateral)
 
 
 def test_torchvisions_pyramid_has_these_levels():
@@ -723,7 +726,7 @@ def test_torchvisions_pyramid_has_these_levels():
 def test_weights_of_torchvision_need_no_file(tmp_path, monkeypatch):
     model, _ = convolutions("resnet18")
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("fc")}
-    monkeypatch.setattr(common, "load_backbone", lambda source, arch: (state, f"{source} {arch}"))
+    monkeypatch.setattr(harness.weights, "load_backbone", lambda source, arch: (state, f"{source} {arch}"))
     assert len(export("imagenet", tmp_path / "supervised.pkl", "--arch", "resnet18")["model"]) == 100
 
 
@@ -792,7 +795,7 @@ def test_the_converter_as_a_command(tmp_path):
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
-    common.write_atomically(path, [b"one ", b"whole"])
+    harness.weights.write_atomically(path, [b"one ", b"whole"])
     assert path.read_bytes() == b"one whole"
 
     def broken():
@@ -800,11 +803,11 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="no space left to write .*file") as error:
-        common.write_atomically(path, broken())
+        harness.weights.write_atomically(path, broken())
     assert one_line(error)
     os.symlink("/dev/full", tmp_path / "file.tmp")
     with pytest.raises(UserError, match="no space left to write .*file"):
-        common.write_atomically(path, [b"x" * 9])
+        harness.weights.write_atomically(path, [b"x" * 9])
     assert path.read_bytes() == b"one whole" and os.listdir(tmp_path) == ["file"]
 
 

@@ -15,9 +15,10 @@ from torchvision.models.detection import roi_heads as stock
 from torchvision.models.detection.image_list import ImageList
 
 import common
+import harness.legacy
 import transfer_det as det
 
-WORLD = common.World(0, 1, 0, torch.device("cpu"))
+WORLD = harness.legacy.World(0, 1, 0, torch.device("cpu"))
 
 
 def settings(*flags):
@@ -587,7 +588,7 @@ def test_batches_hold_one_kind_of_images_and_resume_exactly(processes):
     wide = np.array([i % 3 == 0 for i in range(23)])
     everything = []
     for rank in range(processes):
-        world = common.World(rank, processes, 0, torch.device("cpu"))
+        world = harness.legacy.World(rank, processes, 0, torch.device("cpu"))
         whole = list(det.GroupedBatches(wide, 4, world, 0, 0, 40))
         assert len(whole) == 40 and all(len(batch) == 4 for batch in whole)
         assert all(len({bool(wide[i]) for _, i in batch}) == 1 for batch in whole)
@@ -1079,6 +1080,7 @@ def test_fpn_weights_of_every_layout(tmp_path, capsys):
         name: values[name] for name in ("inner_blocks.1.0.weight", "inner_blocks.2.0.weight", "inner_blocks.3.0.weight")
     }
     ours |= {"inner_blocks.1.0.bias": bias}
+    momentum = {f"key.pyramid.{name}": torch.zeros_like(x) for name, x in ours.items()}
     with_norms = {
         name.replace("5.w", "5.0.w").replace("4.w", "4.0.w").replace("3.w", "3.0.w"): x for name, x in resim.items()
     }
@@ -1094,6 +1096,7 @@ def test_fpn_weights_of_every_layout(tmp_path, capsys):
             "no place in the detector (norms have its biases) for inner_blocks.1.0.bias",
         ),
         "soco": ({"model": soco | {"module.encoder.conv1.weight": bias}}, 40, None),
+        "checkpoint": ({"model": {f"query.pyramid.{n}": x for n, x in ours.items()} | momentum}, 3, None),
     }
     for name, (checkpoint, count, note) in wanted.items():
         fpn, _ = fpn_like(torch.Generator().manual_seed(1))

@@ -11,6 +11,7 @@ from PIL import Image
 from test_transfer_det import FirstOnes, annotation, content, found_as_truth, settings
 
 import common
+import harness.legacy
 import transfer_det as det
 
 assert keep_signals  # a fixture: it gives signals back that main() takes over
@@ -261,7 +262,7 @@ def test_precise_bn_is_what_is_saved(finished, tmp_path):
     args = det.get_args([*TINY, "--output-dir", str(tmp_path)])
     train = det.open_data(args, "train")
     outputs, keypoints = det.outputs_of(args, train)
-    world = common.World(0, 1, 0, torch.device("cpu"))
+    world = harness.legacy.World(0, 1, 0, torch.device("cpu"))
     model, _ = det.new_detector(args, 0, 10, outputs, len(keypoints), world, state)
     model.train()
     images, seen = det.TrainingImages(train, args, 0, outputs), []
@@ -365,9 +366,9 @@ GRADIENTS = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch, torch.distributed as dist
-import common, transfer_det as det
+import harness.legacy, transfer_det as det
 from test_transfer_det import FirstOnes, demo_detector, scenes_args
-world = common.start_processes()
+world = harness.legacy.start_processes()
 args = scenes_args("--data", "scenes:8")
 train = det.open_data(args, "train")
 images = det.TrainingImages(train, args, 0, ["boxes"])
@@ -378,7 +379,7 @@ for module in model.modules():  # statistics of the batch would differ between t
     if isinstance(module, torch.nn.BatchNorm2d):
         module.eval()
 model.rpn.fg_bg_sampler, model.roi_heads.fg_bg_sampler = FirstOnes(256), FirstOnes(16, 0.25)
-network = common.wrap_distributed(model, world)
+network = harness.legacy.wrap_distributed(model, world)
 share = 4 // world.size
 mine = slice(world.rank * share, (world.rank + 1) * share)
 loss, _ = network(pixels[mine], targets[mine])

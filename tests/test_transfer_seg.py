@@ -15,10 +15,14 @@ from PIL import Image
 from torch import nn
 
 import common
+import harness.images
+import harness.legacy
+import harness.run
+import harness.weights
 import transfer_seg as seg
-from tools.scenes import make_scene
+from harness.scenes import make_scene
 
-WORLD = common.World(0, 1, 0, torch.device("cpu"))
+WORLD = harness.legacy.World(0, 1, 0, torch.device("cpu"))
 # A complete job of seconds, with so low a learning rate that a network still predicts several classes.
 TINY = "--task scenes --arch resnet18 --data scenes:16 --batch-size 4 --crop 48 --resize 160x40 --workers 0".split()
 TINY += "--print-freq 2 --lr 0.0002".split()
@@ -560,7 +564,7 @@ def test_an_unreadable_image_is_replaced_by_its_neighbour():
     assert (index, passed) == (0, 2) and (labels != 255).any()
     images.data.broken = (0, 1, 2)
     image, labels, _, passed = images[0, 0]
-    assert passed == common.TRIES and (labels == 255).all() and image.shape == (3, 48, 48)
+    assert passed == harness.images.TRIES and (labels == 255).all() and image.shape == (3, 48, 48)
 
 
 # --------------------------------------------------------------------------------------------------------- data sets
@@ -896,7 +900,8 @@ def test_a_run_leaves_what_it_promises(finished):
     model = seg.Segmenter("resnet18", 11, False, False)
     model.load_state_dict(torch.load(finished / "segmenter.pth"))
     assert "backbone.layer4.1.conv2.weight" in model.state_dict()
-    assert common.load_backbone(str(finished / "segmenter.pth"), "resnet18")[0]["conv1.weight"].shape == (64, 3, 7, 7)
+    backbone, _ = harness.weights.load_backbone(str(finished / "segmenter.pth"), "resnet18")
+    assert backbone["conv1.weight"].shape == (64, 3, 7, 7)
     with Image.open(finished / "predictions.png") as picture:
         assert picture.width == 6 * (400 + 10)
 
@@ -1117,7 +1122,7 @@ def test_eight_scenes_are_learnt_by_heart():
     for step in range(48):
         torch.manual_seed(step)
         optimizer.param_groups[0]["lr"] = seg.learning_rate(step, 0.05, 0.0005, 48)
-        with torch.autocast("cpu", torch.bfloat16, enabled=common.bf16_is_fast(WORLD.device)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=harness.run.bf16_is_fast()):
             loss, _ = model(pixels, labels)
         optimizer.zero_grad()
         loss.backward()

@@ -1,0 +1,1049 @@
+"""harness/: images, views and batches, weights, runs, what a method sees, pictures, and the helpers in legacy.py."""
+
+import argparse
+import contextlib
+import copy
+import errno
+import json
+import os
+import pathlib
+import signal
+import sys
+import urllib.error
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from helpers import assert_same, checkpoint, keep_signals, log_lines, write_images  # noqa: F401
+from PIL import Image
+from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
+
+import common
+from common import UserError
+from harness import images as data
+from harness import legacy, look, pictures, weights
+from harness import run as runs
+
+# ----------------------------------------------------------------------------------------------------------------------
+# images
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def gradient(width=12, height=8):
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return np.stack([x, y, 255 - x], 2).astype(np.uint8)
+
+
+def test_read_image_gives_rgb_for_every_mode(tmp_path):
+    rgb, grey = Image.fromarray(gradient()), Image.fromarray(gradient()[:, :, 0])
+    rgb.save(tmp_path / "rgb.png")
+    assert np.array_equal(data.read_image(tmp_path / "rgb.png"), gradient())
+
+    grey.save(tmp_path / "grey.png")
+    want = np.repeat(gradient()[:, :, :1], 3, 2)
+    assert np.array_equal(data.read_image(tmp_path / "grey.png"), want)
+
+    Image.fromarray(gradient()[:, :, 0].astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    assert np.array_equal(data.read_image(tmp_path / "grey16.png"), want)
+
+    palette = rgb.quantize(200)
+    palette.save(tmp_path / "palette.png")
+    assert np.array_equal(data.read_image(tmp_path / "palette.png"), palette.convert("RGB"))
+
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    assert np.abs(np.asarray(data.read_image(tmp_path / "cmyk.jpg"), int) - gradient()).mean() < 12
+
+    alpha = np.dstack([gradient(), np.repeat([[0] * 6 + [255] * 6], 8, 0)]).astype(np.uint8)
+    Image.fromarray(alpha).save(tmp_path / "alpha.png")
+    got = np.asarray(data.read_image(tmp_path / "alpha.png"))
+    assert (got[:, :6] == 255).all() and np.array_equal(got[:, 6:], gradient()[:, 6:])
+
+    Image.fromarray(gradient()[:, :, 0] > 100).save(tmp_path / "bits.png")
+    assert set(np.unique(data.read_image(tmp_path / "bits.png"))) == {0, 255}
+
+    frames = [Image.new("RGB", (5, 5), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    red, _, blue = data.read_image(tmp_path / "moving.gif").getpixel((0, 0))
+    assert red > 240 and blue < 10
+
+    for image in tmp_path.iterdir():
+        assert data.read_image(image).mode == "RGB"
+
+
+def test_read_image_turns_by_exif(tmp_path):
+    image = Image.fromarray(gradient())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned a quarter clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    got = np.asarray(data.read_image(tmp_path / "turned.png"))
+    assert np.array_equal(got, np.rot90(gradient(), -1))
+
+
+def test_one_pixel_and_huge_images(tmp_path):
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "one.png")
+    assert data.read_image(tmp_path / "one.png").size == (1, 1)
+    Image.new("L", (12000, 9000)).save(tmp_path / "huge.png")  # 108 megapixels: Pillow warns, and it is read
+    assert data.read_image(tmp_path / "huge.png").size == (12000, 9000)
+
+
+def test_broken_images_are_oserrors(tmp_path):
+    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    for name, content in {"half.jpg": whole[: len(whole) // 2], "empty.jpg": b"", "text.jpg": b"no image"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(OSError):
+            data.read_image(tmp_path / name)
+
+
+def test_folder_lists_images_recursively_in_order(tmp_path):
+    write_images(tmp_path / "b", 2)
+    write_images(tmp_path / "a" / "deep", 1)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "b" / "._0000.png").write_bytes(b"hidden")
+    (tmp_path / "b" / "again").symlink_to(tmp_path)  # a loop
+    assert data.list_images(tmp_path) == ["a/deep/0000.png", "b/0000.png", "b/0001.png"]
+    images = data.ImageFolder(tmp_path)
+    assert len(images) == 3 and images.name(2) == "b/0001.png" and images[2][1] == 0
+    write_images(tmp_path / "train" / "class", 4)
+    assert len(data.ImageFolder(tmp_path)) == 4  # train/ alone, where there is one
+
+
+def test_names_in_any_script(tmp_path):
+    write_images(tmp_path, 1)
+    os.rename(tmp_path / "0000.png", os.fsencode(tmp_path) + b"/\xff caf\xc3\xa9.png")  # not even valid UTF-8
+    assert data.ImageFolder(tmp_path)[0][1] == 0
+
+
+def test_folder_errors(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "missing"):
+        with pytest.raises(UserError, match="images"):
+            data.ImageFolder(path)
+
+
+def test_fingerprint_knows_the_files_and_not_the_folder(tmp_path):
+    one, two = (data.ImageFolder(write_images(tmp_path / name, 3)).fingerprint() for name in ("one", "two"))
+    assert one == two
+    os.rename(tmp_path / "two" / "0002.png", tmp_path / "two" / "0003.png")
+    assert data.ImageFolder(tmp_path / "two").fingerprint() != one
+
+
+def test_unreadable_images_are_replaced_named_and_counted(tmp_path, capsys):
+    write_images(tmp_path, 200)
+    (tmp_path / "0000.png").write_bytes(b"broken")
+    (tmp_path / "0199.png").write_bytes(b"broken")
+    images = data.ImageFolder(tmp_path)
+    assert images[199][1] == 2 and np.array_equal(
+        images[199][0], images[1][0]
+    )  # past the end, around, to the next good one
+    bad = data.BadImages(images)
+    bad.note(torch.tensor([199, 5, 0]), torch.tensor([2, 0, 1]))
+    bad.share()
+    bad.note(torch.tensor([199]), torch.tensor([2]))
+    bad.share()
+    assert bad.found == {0, 199} and capsys.readouterr().out.count("unreadable image") == 2
+    bad.note(torch.tensor([7]), torch.tensor([1]))
+    with pytest.raises(UserError, match="3 of 200 images cannot be read"):
+        bad.share()
+
+
+def test_a_folder_of_broken_images_ends(tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i}.png").write_bytes(b"broken")
+    images = data.ImageFolder(tmp_path)
+    assert images[0][1] == data.TRIES
+    bad = data.BadImages(images)
+    bad.note(torch.tensor([0]), torch.tensor([images[0][1]]))
+    with pytest.raises(UserError, match="cannot be read"):
+        bad.share()
+
+
+def test_the_word_scenes_names_the_built_in_ones(tmp_path, monkeypatch):
+    assert len(data.open_images("scenes", 48, 3)) == 4096
+    scenes = data.open_images("scenes:7", 48, 3)
+    image, passed = scenes[6]
+    assert len(scenes) == 7 and image.size == (48, 48) and passed == 0 and scenes.held_out
+    assert np.array_equal(image, scenes.scene(6)["image"]) and scenes.fingerprint() == "7 scenes of 48 pixels, seed 3"
+    assert np.array_equal(scenes.probe(2), scenes.scene(9)["image"])  # no training step sees it
+    for word in ("scenes:0", "scenes:-1", "scenes:many", "scenes:1.5"):
+        with pytest.raises(UserError, match=f"--data {word}: write scenes:4096"):
+            data.open_images(word, 48, 3)
+    write_images(tmp_path / "scenes", 2)
+    monkeypatch.chdir(tmp_path)
+    assert len(data.open_images("./scenes", 48, 3)) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# batches and views
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_the_same_for_any_number_of_processes_and_after_a_resume():
+    def batches(rank, size, start=0, stop=9):
+        own = list(data.Batches(26, 8, rank, size, seed=3, start=start, stop=stop))
+        assert list(legacy.Batches(26, 8, legacy.World(rank, size, 0, None), 3, start, stop)) == own
+        return own
+
+    whole = batches(0, 1)
+    assert [a + b for a, b in zip(batches(0, 2), batches(1, 2), strict=True)] == whole
+    assert batches(0, 1, start=4) == whole[4:]
+    for epoch in range(3):  # three steps of 8 from 26 images, every image at most once an epoch
+        seen = [index for batch in whole[3 * epoch : 3 * epoch + 3] for _, index in batch]
+        assert len(set(seen)) == 24 and {e for batch in whole[3 * epoch : 3 * epoch + 3] for e, _ in batch} == {epoch}
+    assert [i for _, i in whole[0]] != [i for _, i in whole[3]] and whole[0][0][1] != 0
+
+
+def test_draws_of_a_view_depend_on_neither_workers_nor_order():
+    def views(image):
+        return pil_to_tensor(image), torch.rand(3)
+
+    def draw(keys, workers=0, seed=5):
+        views_ = data.Views(data.Scenes(6, 16, 0), views, seed)
+        loader = torch.utils.data.DataLoader(
+            views_, batch_sampler=[[key] for key in keys], num_workers=workers, worker_init_fn=data.detach_worker
+        )
+        rows = {}
+        for key, (pixels, numbers, index, passed) in zip(keys, loader, strict=True):
+            assert index.item() == key[1] and passed.item() == 0
+            assert np.array_equal(pixels[0], pil_to_tensor(data.Scenes(6, 16, 0)[key[1]][0]))
+            rows[key] = tuple(numbers[0].tolist())
+        return rows
+
+    keys = [(epoch, index) for epoch in range(2) for index in range(6)]
+    state = torch.get_rng_state()
+    data.Views(data.Scenes(6, 16, 0), views, 5)[0, 0]
+    assert torch.equal(torch.get_rng_state(), state)
+    want = draw(keys)
+    assert len(set(want.values())) == 12  # other draws for another epoch and another image
+    assert draw(keys[::-1]) == want and draw(keys, workers=2) == want and draw(keys[5:8]) == dict([*want.items()][5:8])
+    assert not set(draw(keys, seed=6).values()) & set(want.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# anybody's weights
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def resnet_weights(seed):
+    torch.manual_seed(seed)
+    state = torchvision.models.resnet18().state_dict()
+    return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+
+
+def prefixed(prefix, state, **more):
+    return {prefix + name: tensor for name, tensor in state.items()} | more
+
+
+GOOD, OTHER = resnet_weights(0), resnet_weights(1)
+HEAD = {"fc.0.weight": torch.zeros(2, 2), "fc.2.bias": torch.zeros(2)}
+LAYOUTS = {
+    "plain": GOOD | {"fc.weight": torch.zeros(10, 512)},
+    "moco": {"epoch": 200, "arch": "resnet18", "optimizer": {"state": {}}, "state_dict": prefixed("module.encoder_k.", OTHER)
+             | prefixed("module.encoder_q.", GOOD | HEAD, **{"module.queue": torch.zeros(4)})},
+    "setsim released": {"state_dict": prefixed("module.encoder_q.0.", GOOD) | prefixed("module.encoder_k.0.", OTHER)
+                        | prefixed("module.encoder_q.1.", HEAD)},
+    "resim": {"state_dict": prefixed("module.encoder_q.", GOOD | {"fpn_lateral5.weight": torch.zeros(2)})},
+    "densecl raw": {"state_dict": prefixed("backbone.", GOOD, **{"neck.mlp.0.weight": torch.zeros(2), "queue": torch.zeros(2)})},
+    "pixpro": {"model": prefixed("module.encoder_k.", OTHER) | prefixed("module.encoder.", GOOD)
+               | prefixed("module.projector.", {"linear1.weight": torch.zeros(2)}), "opt": argparse.Namespace(arch="resnet18")},
+    "soco": {"model": prefixed("module.encoder.", GOOD) | prefixed("module.head.", {"conv1.weight": torch.zeros(3)}),
+             "model_ema": prefixed("encoder.", OTHER)},
+    "simsiam": {"state_dict": prefixed("module.encoder.", GOOD | HEAD) | prefixed("module.predictor.", HEAD)},
+    "swav": prefixed("module.", GOOD | {"projection_head.0.weight": torch.zeros(2), "prototypes.weight": torch.zeros(2)}),
+    "dino": {"student": prefixed("module.backbone.", OTHER), "teacher": prefixed("backbone.", GOOD), "args": argparse.Namespace(out=pathlib.PosixPath("x"))},
+    "infomin": {"model": prefixed("module.encoder.", GOOD) | prefixed("module.head.", HEAD), "best": np.float64(3)},
+    "detector on C4": prefixed("backbone.", {k: v for k, v in GOOD.items() if not k.startswith("layer4.")})
+    | prefixed("roi_heads.box_head.", {k: v for k, v in GOOD.items() if k.startswith("layer4.")} | HEAD),
+    "ours": {"script": "setsim", "model": prefixed("key.trunk.", OTHER) | prefixed("query.trunk.", GOOD)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("old", [False, True])
+def test_load_backbone_understands(layout, old, tmp_path):
+    torch.save(LAYOUTS[layout], tmp_path / "file.pth", _use_new_zipfile_serialization=not old)
+    state, line = weights.load_backbone(tmp_path / "file.pth", "resnet18")
+    assert state.keys() == GOOD.keys() and all(torch.equal(state[name], GOOD[name]) for name in GOOD)
+    assert "file.pth" in line and "120 tensors" in line
+    left = {"plain": 1, "moco": 123, "ours": 120, "detector on C4": 2}
+    assert layout not in left or f"; {left[layout]} others" in line
+    common.ResNetTrunk("resnet18").load_state_dict(state)
+
+
+def test_load_backbone_refuses_a_single_missing_or_misshapen_tensor(tmp_path):
+    for name in ("conv1.weight", "layer3.0.downsample.1.running_var", "layer4.1.bn2.weight"):
+        for broken in (
+            {k: v for k, v in GOOD.items() if k != name},
+            GOOD | {name: torch.zeros(3)},
+            GOOD | {name: GOOD[name] * float("nan")},
+        ):
+            torch.save({"state_dict": prefixed("module.", broken)}, tmp_path / "file.pth")
+            with pytest.raises(UserError) as error:
+                weights.load_backbone(tmp_path / "file.pth", "resnet18")
+            assert name in str(error.value) and "\n" not in str(error.value)
+    torch.save(GOOD, tmp_path / "file.pth")
+    with pytest.raises(UserError, match="check --arch"):
+        weights.load_backbone(tmp_path / "file.pth", "resnet50")
+    without = {k: v for k, v in GOOD.items() if "num_batches" not in k}  # files of old PyTorch
+    torch.save(without, tmp_path / "file.pth")
+    state, line = weights.load_backbone(tmp_path / "file.pth", "resnet18")
+    assert state.keys() == GOOD.keys() and "; 0 others" in line
+
+
+def test_load_backbone_does_not_guess_whose_last_stage_it_is(tmp_path):
+    body = {name: tensor for name, tensor in GOOD.items() if not name.startswith("layer4.")}
+    stage = {name: tensor for name, tensor in GOOD.items() if name.startswith("layer4.")}
+    for state in (
+        prefixed("encoder_q.", body) | prefixed("encoder_k.", body) | prefixed("encoder_k.head.", stage),
+        prefixed("a.", body) | prefixed("b.", stage) | prefixed("c.", stage),
+        body,
+    ):
+        torch.save(state, tmp_path / "file.pth")
+        with pytest.raises(UserError, match="no ResNet in it"):
+            weights.load_backbone(tmp_path / "file.pth", "resnet18")
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code from a checkpoint was run",)
+
+
+def test_load_backbone_never_runs_code(tmp_path, capsys):
+    torch.save({"state_dict": GOOD, "evil": Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "empty.pth").write_text("")
+    for name in ("evil", "text", "empty", "missing"):
+        with pytest.raises(UserError) as error:
+            weights.load_backbone(tmp_path / f"{name}.pth", "resnet18")
+        assert "\n" not in str(error.value)
+        assert "two options" not in str(error.value)  # torch's advice to trust the file
+    assert capsys.readouterr().out == ""
+
+
+def test_imagenet_weights_offline_are_one_clear_line(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", refuse)
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        weights.load_backbone("imagenet", "resnet18")
+
+
+def test_load_into_fills_the_trunk_and_says_from_where(tmp_path, capsys):
+    torch.save(LAYOUTS["moco"], tmp_path / "file.pth")
+    trunk = common.ResNetTrunk("resnet18")
+    weights.load_into(trunk, tmp_path / "file.pth", "resnet18")
+    assert_same(dict(trunk.state_dict()), GOOD)
+    assert "120 tensors of resnet18 from" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files of weights
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_saving_replaces_the_old_file_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "x.pth"
+    weights.save_atomically({"a": 1}, path)
+    monkeypatch.setattr(
+        weights.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )  # killed before renaming
+    with pytest.raises(KeyboardInterrupt):
+        weights.save_atomically({"a": 2}, path)
+    assert torch.load(path) == {"a": 1}
+    monkeypatch.undo()
+    weights.save_atomically({"a": 3}, path)
+    assert torch.load(path) == {"a": 3} and os.listdir(tmp_path) == ["x.pth"]
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    path = tmp_path / "x.pth"
+    weights.save_atomically({"a": 1}, path)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights.os, "fsync", full)
+    with pytest.raises(UserError, match="no space left"):
+        weights.save_atomically({"a": 2}, path)
+    assert torch.load(path) == {"a": 1} and os.listdir(tmp_path) == ["x.pth"]
+
+
+def test_weights_for_others_are_finite_and_contiguous(tmp_path):
+    net = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    weights.save_weights(net, tmp_path / "net.pth")
+    saved = torch.load(tmp_path / "net.pth")
+    assert not net.weight.is_contiguous() and saved["weight"].is_contiguous()
+    assert_same(saved, {name: x.contiguous() for name, x in net.state_dict().items()})
+    with torch.no_grad():
+        net.bias[0] = float("inf")
+    with pytest.raises(UserError, match="net.pth: the weights are no longer finite"):
+        weights.save_weights(net, tmp_path / "net.pth")
+    assert_same(torch.load(tmp_path / "net.pth"), saved)
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path):
+    weights.make_output_dir(tmp_path / "a" / "b")
+    weights.make_output_dir(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "a"):
+        with pytest.raises(UserError, match=f"--output-dir {path}: .*give a folder"):
+            weights.make_output_dir(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# runs: a small method on built-in scenes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Tiny(nn.Module):
+    """The least that a Run asks of a method. It notes what it is shown."""
+
+    picture, measured = "dots", "dots are found"
+
+    def __init__(self):
+        super().__init__()
+        with common.drawing("tiny"):
+            self.query = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        self.shown = []
+
+    def __deepcopy__(self, memo):  # the copy notes in the same list
+        other = Tiny()
+        other.load_state_dict(self.state_dict())
+        other.shown = self.shown
+        return other
+
+    def measure(self, pixels, noise):
+        self.query(noise)  # changes running statistics, of the copy alone
+        self.shown.append(("measure", self.training, pixels, noise))
+        return 8, 2.0, 16
+
+    def draw(self, path, pixels, noise):
+        self.shown.append(("draw", self.training, pixels, noise))
+        pathlib.Path(path).write_bytes(b"picture")
+
+
+def noisy(image):
+    return pil_to_tensor(image), torch.rand(3)
+
+
+def start(folder, *flags):
+    """A Run of 16 scenes, 2 epochs of 4 steps if `flags` do not say otherwise."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--demo", action="store_true")
+    parser.add_argument("--momentum", type=float, default=0.9)
+    common.run_flags(parser, "tiny")
+    base = "--data scenes:16 --size 32 --batch-size 4 --epochs 2 --workers 0".split()
+    return runs.Run("tiny", parser.parse_args([*base, "--output-dir", str(folder), *map(str, flags)]))
+
+
+def train(folder, *flags, each=None, loss_at=None, views=noisy, plain_views=None, whole=False):
+    """Train Tiny, as a method script does: (the Run, the method).
+
+    each: called with the Run within each step. loss_at: what is logged as the loss of a step. whole: measure 32 images
+    and draw the curves, which takes most of the time.
+    """
+    run, method = start(folder, *flags), Tiny()
+    optimizer = torch.optim.SGD(method.query.parameters(), 0.1, momentum=0.9)
+    run.resume(method, optimizer, torch.amp.GradScaler("cpu", enabled=False), {"tiny.pth": method.query})
+    less = mock.patch.multiple(runs, MEASURED=4, BATCH=4), mock.patch.object(pictures, "draw_curves")
+    with contextlib.ExitStack() as stack:
+        for patch in () if whole else less:
+            stack.enter_context(patch)
+        for _, noise in run.steps(views, plain_views):
+            loss = method.query(noise).square().mean() + method.query[0].weight.square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if each:
+                each(run)
+            run.log(loss=loss_at(run.step) if loss_at else loss, lr=run.step / 10, std=noise.std(), std_spread=0.5)
+    return run, method
+
+
+def steps_of(folder, kind="loss"):
+    return [line["step"] for line in log_lines(folder) if kind in line]
+
+
+def remember_saves(monkeypatch):
+    """A list that takes the step of every checkpoint."""
+    save, saved = runs.Run.save, []
+    monkeypatch.setattr(runs.Run, "save", lambda run: saved.append(run.step) or save(run))
+    return saved
+
+
+def test_lines_of_a_run_are_means_since_the_line_before(tmp_path, capsys):
+    at = []
+    _, method = train(
+        tmp_path,
+        "--print-freq",
+        3,
+        each=lambda run: at.append((run.step, run.epoch)),
+        whole=True,
+        loss_at=lambda step: torch.tensor(step * 10.0),
+    )
+    assert at == [(step, step // 4) for step in range(8)]
+    header, first, *lines, last = log_lines(tmp_path)
+    assert header["settings"]["lr"] == 0.03 and header["settings"]["files"] == "16 scenes of 32 pixels, seed 0"
+    assert set(header) == {"command", "versions", "settings"} and header["versions"]["torch"] == torch.__version__
+    assert [line["step"] for line in lines] == [3, 6, 8] and [line["epoch"] for line in lines] == [0.75, 1.5, 2.0]
+    assert [line["loss"] for line in lines] == [10, 40, 65]  # of steps 0 to 2, 3 to 5, 6 and 7
+    assert [line["lr"] for line in lines] == [0.2, 0.5, 0.7]  # plain numbers: the last one
+    assert all(line["images_per_s"] > 0 and 0 <= line["data_share"] <= 1 and line["bad_images"] == 0 for line in lines)
+    assert first == {"step": 0, "probe": {"hits": 0.5, "chance": 0.125, "count": 16}} and last == first | {"step": 8}
+    text = capsys.readouterr().out
+    assert "start of training: 50.0% of 16 dots are found, on held-out scenes (chance 12.5%)" in text
+    assert "step 3/8 epoch 0.75 loss 10.000 " in text
+    assert " std" not in text and " lr 0.2" not in text  # these are in the log alone
+    assert "4 steps an epoch, 8 in all; batch 4 = 1 x 4 on " in text and "lr 0.00046875 = 0.03 x 4/256" in text
+    assert sorted(os.listdir(tmp_path)) == [
+        "checkpoint.pth", "curves.png", "dots_end.png", "dots_start.png", "log.jsonl", "tiny.pth",
+    ]  # fmt: skip
+    assert_same(torch.load(tmp_path / "tiny.pth"), dict(method.query.state_dict()))
+
+
+def test_checkpoints_come_every_epoch_or_as_told_and_at_the_end(tmp_path, monkeypatch):
+    saved = remember_saves(monkeypatch)
+    for name, flags, want in (
+        ("epoch", [], [4, 8]),
+        ("told", ["--save-every", 3], [3, 6, 8]),
+        ("steps", ["--steps", 6], [4, 6]),
+        ("none", ["--steps", 0], [0]),
+    ):
+        run, _ = train(tmp_path / name, *flags)
+        assert saved == want and checkpoint(tmp_path / name)["step"] == run.step == want[-1]
+        assert steps_of(tmp_path / name, "probe") == [0, run.step]
+        saved.clear()
+
+
+def test_measuring_changes_nothing_and_shows_the_same_views_each_time(tmp_path, monkeypatch):
+    def plain(image):
+        return pil_to_tensor(image) // 2, torch.rand(3)
+
+    def measure(run, *args):
+        before = copy.deepcopy(run.method.state_dict()), torch.get_rng_state()
+        original(run, *args)
+        assert_same((dict(run.method.state_dict()), torch.get_rng_state()), (dict(before[0]), before[1]))
+
+    original = runs.Run.measure
+    monkeypatch.setattr(runs.Run, "measure", measure)
+    run, method = train(tmp_path, "--steps", 0, plain_views=plain, whole=True)
+    _, trained = train(tmp_path / "more", "--steps", 3, plain_views=plain, whole=True)
+    for one, other in zip(method.shown[:2], trained.shown[2:], strict=True):
+        assert_same(one, other)
+    kinds = [(kind, training) for kind, training, *_ in trained.shown]
+    assert kinds == [("draw", True), ("measure", True)] * 2  # in training mode
+    _, (_, _, pixels, noise) = trained.shown[:2]
+    for i in (0, 31):
+        assert np.array_equal(pixels[i], pil_to_tensor(run.images.probe(i)) // 2)  # held-out images, plain views
+        with common.drawing("probe", 0, i):
+            assert torch.equal(noise[i], torch.rand(3))
+    _, demo = train(tmp_path / "demo", "--demo", "--steps", 0, whole=True)
+    assert [kind for kind, *_ in demo.shown[:9]] == ["draw"] + ["measure"] * 8  # 256 images
+    assert log_lines(tmp_path / "demo")[1]["probe"] == {"hits": 0.5, "chance": 0.125, "count": 128}
+    assert not torch.equal(demo.shown[1][2], demo.shown[2][2])
+
+
+def test_a_continued_run_equals_one_that_was_not_interrupted(tmp_path, capsys):
+    whole, _ = train(tmp_path / "whole", "--print-freq", 2)
+    for steps in (2, 5, 8):
+        train(tmp_path / "parts", "--print-freq", 2, "--steps", steps, "--save-every", 3)
+    assert "continued from step 5" in capsys.readouterr().out
+    one, other = (checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    assert_same(one["model"], other["model"])
+    assert_same(one["optimizer"], other["optimizer"])
+    names = ("step", "epoch", "loss", "lr", "std")
+    lines = [
+        {line["step"]: line for line in log_lines(tmp_path / name) if "loss" in line} for name in ("whole", "parts")
+    ]
+    assert list(lines[1]) == [2, 4, 5, 6, 8]  # the last step of each part has a line
+    for step in (2, 4, 8):
+        assert [lines[0][step][name] for name in names] == [lines[1][step][name] for name in names]
+
+
+def test_a_continued_run_drops_later_and_torn_lines(tmp_path):
+    train(tmp_path, "--print-freq", 1, "--steps", 5)
+    kept = log_lines(tmp_path)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "loss": 99}\n{"step": 7, "loss": 99}\n{"step": 8, "lo')
+    train(tmp_path, "--print-freq", 1)
+    assert log_lines(tmp_path)[: len(kept)] == kept  # with their header
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8] and steps_of(tmp_path, "probe") == [0, 5, 8]
+    assert 99 not in [line.get("loss") for line in log_lines(tmp_path)]
+    os.remove(tmp_path / "checkpoint.pth")  # a run without a checkpoint starts anew
+    train(tmp_path, "--steps", 1)
+    assert steps_of(tmp_path) == [1] and sum("command" in line for line in log_lines(tmp_path)) == 1
+
+
+def test_a_finished_run_says_so_and_touches_nothing(tmp_path, capsys):
+    train(tmp_path)
+    before, times = log_lines(tmp_path), {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    train(tmp_path, each=lambda run: pytest.fail("a step"))
+    assert capsys.readouterr().out == f"{tmp_path}: finished, at step 8 of 8; give another --output-dir for a new run\n"
+    assert log_lines(tmp_path) == before and {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before[:-1]))
+    train(tmp_path, each=lambda run: pytest.fail("a step"))  # killed before the closing measurement
+    assert log_lines(tmp_path) == before
+
+
+def test_changed_settings_are_refused_and_named(tmp_path):
+    train(tmp_path, "--steps", 1)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    for flags, words in (
+        (["--lr", 0.1], r"other settings \(lr 0.03 -> 0.1\): "),
+        (
+            ["--seed", 1, "--momentum", 0.5],
+            r"files '16 scenes of 32 pixels, seed 0' -> .*; momentum 0.9 -> 0.5; seed 0 -> 1",
+        ),
+        (["--data", "scenes:17"], "files '16 scenes of 32 pixels, seed 0' -> '17 scenes of 32 pixels, seed 0'"),
+        (["--epochs", 3], "epochs 2 -> 3"),
+        (["--amp", "bf16"], "amp 'none' -> 'bf16'"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            train(tmp_path, *flags)
+        assert "\n" not in str(error.value) and str(tmp_path / "checkpoint.pth") in str(error.value)
+    for flags in (["--workers", 1], ["--print-freq", 3], ["--save-every", 1]):  # these change no result
+        train(tmp_path, *flags, "--steps", 1)
+    with pytest.raises(UserError, match="a checkpoint of tiny.py"):
+        weights.load_checkpoint(tmp_path / "checkpoint.pth", "other", {})
+    with pytest.raises(UserError, match="processes 1 -> 2"):
+        weights.load_checkpoint(
+            tmp_path / "checkpoint.pth", "tiny", checkpoint(tmp_path)["settings"] | {"processes": 2}
+        )
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    os.replace(tmp_path / "tiny.pth", tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match="not a checkpoint to continue from"):
+        train(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
+    files = ("checkpoint.pth", "tiny.pth")
+
+    def nan_at_5(step):
+        return torch.tensor(float("nan") if step == 5 else 1.0)
+
+    train(tmp_path / "sound", "--steps", 4)
+    with pytest.raises(UserError, match=r"not finite \(steps 1 to 6\).*checkpoint saved before is kept"):
+        train(tmp_path / "save", "--save-every", 2, loss_at=nan_at_5)  # between two lines of the log
+    with pytest.raises(UserError, match=r"not finite \(steps 4 to 6\)"):
+        train(tmp_path / "line", "--print-freq", 3, "--save-every", 4, loss_at=nan_at_5)
+    for name in ("save", "line"):
+        assert checkpoint(tmp_path / name)["step"] == 4
+        for file in files:
+            one, other = (torch.load(tmp_path / folder / file) for folder in ("sound", name))
+            assert_same(one.get("model", one), other.get("model", other))
+        assert steps_of(tmp_path / name) == ([3] if name == "line" else [])
+
+
+def test_weights_are_loaded_at_the_start_alone(tmp_path):
+    assert start(tmp_path, "--init", "file").init == "file"
+    train(tmp_path, "--steps", 1)
+    assert start(tmp_path, "--init", "file").init is None  # the checkpoint has them
+
+
+def test_unreadable_images_of_a_run_are_named_once(tmp_path, capsys):
+    folder = write_images(tmp_path / "images", 16)
+    (folder / "0003.png").write_bytes(b"broken")
+    flags = ["--data", folder, "--print-freq", 1]
+    train(tmp_path / "run", *flags, "--steps", 5, views=lambda image: (torch.zeros(1), torch.rand(3)))
+    train(tmp_path / "run", *flags, views=lambda image: (torch.zeros(1), torch.rand(3)))
+    assert capsys.readouterr().out.count("unreadable image, another one takes its place: 0003.png") == 1
+    found = [line["bad_images"] for line in log_lines(tmp_path / "run") if "loss" in line]
+    assert found == sorted(found) and found[3:] == [1] * 5 and checkpoint(tmp_path / "run")["bad_images"] == [3]
+    (folder / "0004.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="2 of 16 images cannot be read"):
+        train(tmp_path / "other", *flags, views=lambda image: (torch.zeros(1), torch.rand(3)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_and_saves(tmp_path, capsys, number):
+    def at_2(run):
+        if run.step == 2:
+            signal.raise_signal(number)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a second Ctrl-C stops at once
+
+    run, _ = train(tmp_path / "stopped", "--print-freq", 2, each=at_2)
+    assert "stopped by a signal and saved at step 3; the same command continues" in capsys.readouterr().out
+    assert run.step == checkpoint(tmp_path / "stopped")["step"] == 3 and steps_of(tmp_path / "stopped") == [2, 3]
+    train(tmp_path / "stopped", "--print-freq", 2)
+    train(tmp_path / "whole", "--print-freq", 2)
+    assert_same(*(checkpoint(tmp_path / name)["model"] for name in ("stopped", "whole")))
+
+
+@pytest.mark.parametrize("place, name, call", [(runs, "agree", 2), (runs.Run, "write", 2), (runs.Run, "measure", 1)])
+def test_a_signal_at_any_moment_is_kept_and_the_run_saved(place, name, call, tmp_path, monkeypatch, capsys):
+    """While the processes agree, after that, and before the first step."""
+    original, calls = getattr(place, name), []
+
+    def signalled(*args, **values):
+        result = original(*args, **values)
+        calls.append(args)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(place, name, signalled)
+    run, _ = train(tmp_path, "--print-freq", 2, "--save-every", 100)
+    assert run.step <= 3 and f"stopped by a signal and saved at step {run.step}" in capsys.readouterr().out
+    assert (tmp_path / "checkpoint.pth").exists() and checkpoint(tmp_path)["step"] == run.step
+
+
+def queue_size(folder, images, batch, *args, **values):
+    return start(folder, "--data", f"scenes:{images}", "--batch-size", batch).fit_queue(*args, **values)
+
+
+def test_a_queue_is_as_long_as_the_images_allow(tmp_path, capsys):
+    def said():
+        return [line for line in capsys.readouterr().out.splitlines() if "queue" in line]
+
+    assert queue_size(tmp_path, 10**6, 64, None) == 65536 and said() == []
+    assert queue_size(tmp_path, 65536 + 64, 64, None) == 65536 and said() == []
+    assert queue_size(tmp_path, 65536, 64, None) == 65536 - 64
+    assert said() == ["queue: 65472 keys instead of 65536, so that no image has two (65536 images)"]
+    assert queue_size(tmp_path, 200, 64, None) == 2 * 64  # three steps an epoch
+    assert queue_size(tmp_path, 70, 64, None) == 64  # one step an epoch
+    assert queue_size(tmp_path, 200, 64, None, keys=4) == 4 * 2 * 64
+    assert [line.split()[1] for line in said()] == ["128", "64", "512"]
+    assert (
+        queue_size(tmp_path, 200, 64, 128) == 128 and queue_size(tmp_path, 200, 64, 512, keys=4) == 512 and said() == []
+    )
+    for asked, keys in ((129, 1), (10**6, 4)):
+        assert queue_size(tmp_path, 200, 64, asked, keys=keys) == asked
+        assert said() == [f"warning: --queue-size {asked} can hold several keys of one image (there are 200)"]
+
+
+def test_groups_of_a_queue(tmp_path, capsys, monkeypatch):
+    for batch, words in (
+        (64, []),
+        (96, []),
+        (48, ["batch norm: groups of 24 images instead of 32"]),
+        (32, ["warning: one group of images: shuffling batch norm does nothing, and keys may leak through it"]),
+        (33, ["batch norm: groups of 16 images instead of 32"]),
+    ):
+        queue_size(tmp_path, 10**6, batch, 64)
+        assert capsys.readouterr().out.splitlines() == words
+    monkeypatch.setattr(common, "start_processes", lambda: (0, 2, torch.device("cpu")))
+    queue_size(tmp_path, 10**6, 64, 64)  # a group for each process: keys are shuffled between them
+    assert capsys.readouterr().out == ""
+
+
+def test_what_cannot_work_is_refused_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="16 images are fewer than --batch-size 17: give a smaller one"):
+        start(tmp_path / "a", "--batch-size", 17)
+    with pytest.raises(UserError, match="--output-dir .*file: File exists"):
+        start(tmp_path / "file")
+    monkeypatch.setattr(common, "start_processes", lambda: (0, 4, torch.device("cpu")))
+    with pytest.raises(UserError, match="--batch-size 6 is not divisible by 4 processes"):
+        start(tmp_path / "a", "--batch-size", 6)
+    with pytest.raises(UserError, match="--batch-size 4 leaves one image for each process"):
+        start(tmp_path / "a", "--batch-size", 4)
+    assert os.listdir(tmp_path) == ["file"]
+    assert start(tmp_path / "a", "--batch-size", 8).share == 2
+
+
+def test_processes_that_see_different_images_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "all_gather", lambda x: torch.cat([x, x + 1]))
+    with pytest.raises(UserError, match="the processes see different images or checkpoints"):
+        train(tmp_path)
+
+
+def test_errors_of_users_and_full_disks_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["folder/script.py"])
+
+    def fail(error):
+        def train():
+            raise error
+
+        with pytest.raises(SystemExit) as exit:
+            runs.main(train)
+        assert exit.value.code == 2
+        return capsys.readouterr().err
+
+    assert fail(UserError("mend it")) == "script.py: error: mend it\n"
+    assert fail(OSError(errno.ENOSPC, "full", "log.jsonl")).startswith(
+        "script.py: error: no space left to write log.jsonl:"
+    )
+    monkeypatch.setenv("RANK", "3")
+    assert fail(UserError("mend it")) == "script.py (process 3): error: mend it\n"
+    for error in (OSError(errno.EACCES, "no"), RuntimeError("a bug")):
+        with pytest.raises(type(error)):
+            runs.main(lambda error=error: (_ for _ in ()).throw(error))
+
+
+def test_bf16_is_fast_where_the_processor_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for capabilities, fast in (
+        ({}, False),
+        ({"amx_bf16": True}, True),
+        ({"avx512_bf16": True, "amx_bf16": False}, True),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert runs.bf16_is_fast() is fast
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a method sees
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def literal_correspondence(similarity, window_q, window_k, H, W):
+    """Cell by cell, as one says it: hits, chance, count."""
+    hits, chance, count = 0, 0.0, 0
+    for b in range(len(similarity)):
+        (qx0, qy0, qx1, qy1), (kx0, ky0, kx1, ky1) = window_q[b].tolist(), window_k[b].tolist()
+        for i in range(H * W):
+            x = qx0 + (i % W + 0.5) / W * (qx1 - qx0)  # the centre of a query cell, in the image
+            y = qy0 + (i // W + 0.5) / H * (qy1 - qy0)
+            if not (min(kx0, kx1) < x < max(kx0, kx1) and min(ky0, ky1) < y < max(ky0, ky1)):
+                continue
+            count += 1
+            column, row = (x - kx0) / (kx1 - kx0) * W - 0.5, (y - ky0) / (ky1 - ky0) * H - 0.5  # in the key's cells
+            near = [abs(column - j % W) < 1.001 and abs(row - j // W) < 1.001 for j in range(H * W)]
+            hits += near[max(range(H * W), key=similarity[b, i].tolist().__getitem__)]
+            chance += sum(near) / (H * W)
+    return hits, chance, count
+
+
+def test_correspondence_against_a_double_loop():
+    rng, H, W = torch.Generator().manual_seed(0), 3, 4
+    corner = torch.rand(2, 24, 2, generator=rng) * 0.4
+    windows = torch.cat([corner, corner + 0.2 + 0.4 * torch.rand(2, 24, 2, generator=rng)], 2)
+    windows[0, 8:16] = windows[0, 8:16][:, [2, 1, 0, 3]]  # flipped query views
+    windows[1, 12:20] = windows[1, 12:20][:, [2, 1, 0, 3]]  # flipped key views
+    similarity = torch.randn(24, H * W, H * W, generator=rng)
+    for part in (slice(0, 8), slice(8, 12), slice(12, 16), slice(16, 20), slice(0, 24)):
+        case = similarity[part], windows[0, part], windows[1, part], H, W
+        hits, chance, count = look.correspondence(*case)
+        want = literal_correspondence(*case)
+        assert (hits, count) == (want[0], want[2]) and chance == pytest.approx(want[1], rel=1e-5)
+        assert 0 < hits < count < len(similarity[part]) * H * W  # each outcome occurs
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_correspondence_allows_one_cell(flipped):
+    """Both views show the same window, so the true place of a query cell is the same cell, or its mirror image."""
+    H, W = 3, 5
+    window_q = torch.tensor([[0.1, 0.2, 0.6, 0.9]])
+    window_k = window_q[:, [2, 1, 0, 3]] if flipped else window_q
+    column, row = torch.arange(H * W) % W, torch.arange(H * W) // W
+    column = W - 1 - column if flipped else column
+    for right, down, hits in ((0, 0, 15), (1, 0, 15), (-1, 1, 15), (0, -1, 15), (2, 0, 6), (0, 2, 10), (2, 2, 4)):
+        found = (row + down).clamp(0, H - 1) * W + (column + right).clamp(0, W - 1)
+        got = look.correspondence(F.one_hot(found)[None].float(), window_q, window_k, H, W)
+        assert got == (hits, pytest.approx(7 * 13 / 15), 15)
+
+
+def test_cells_outside_the_other_view_do_not_count():
+    window_q, window_k = torch.tensor([[0.0, 0.0, 0.4, 1.0]]), torch.tensor([[0.5, 0.0, 1.0, 1.0]])
+    assert look.correspondence(torch.rand(1, 16, 16), window_q, window_k, 4, 4) == (0, 0, 0)
+
+
+def test_found_again_against_a_loop():
+    rng = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 4, 6, generator=rng)
+    teacher[:3] = student[:3] + 0.3 * teacher[:3]
+    known = torch.arange(4) < torch.tensor([4, 3, 1, 2, 0])[:, None]
+    known[4] = torch.tensor([False, True, False, True])
+    teacher[1, 3] = teacher[3, 2] = student[1, 0]  # a repeated box is no object, however similar
+    hits = 0
+    for b in range(5):
+        places = known[b].nonzero()[:, 0].tolist()
+        for k in places:
+            cosines = [F.cosine_similarity(student[b, k], teacher[b, j], dim=0) for j in places]
+            hits += places[int(np.argmax(cosines))] == k
+    got = look.found_again(student * 3, teacher * torch.rand(5, 4, 1, generator=rng), known)
+    assert got == (hits, pytest.approx(5), 12) and 8 <= hits < 12  # a guess finds one region of each image
+    assert look.found_again(student, teacher, known & False) == (0, 0, 0)
+
+
+def test_heat_is_dark_blue_at_the_lowest_and_yellow_at_the_highest():
+    values = torch.tensor([[-3.0, 1.0, 5.0], [5.0, -3.0, 1.0]])
+    blue, middle, yellow = (0, 0, 127), (127, 102, 63), (255, 204, 0)
+    picture = look.heat(values, (6, 2))  # width, height
+    assert picture.size == (6, 2) and picture.mode == "RGB"
+    rows = [[picture.getpixel((x, y)) for x in range(6)] for y in range(2)]
+    assert rows[0] == [blue, blue, middle, middle, yellow, yellow]
+    assert rows[1] == [yellow, yellow, blue, blue, middle, middle]
+    flat = look.heat(torch.full((2, 2), 7.0), (2, 2))
+    assert flat.getcolors() == [(4, blue)]  # no contrast
+    assert look.heat(torch.tensor([[float("nan"), 1.0, 2.0]]), (3, 1)).getpixel((0, 0)) == blue
+
+
+def test_boxes_of_a_sheet_are_in_pixels_of_the_picture(tmp_path):
+    sheet = look.Sheet(2, ("one", "two", "three"), size=56)  # panels of 224 pixels: four for one
+    picture = Image.new("RGB", (56, 56), "black")
+    sheet.paste(1, 2, picture)
+    sheet.box(1, 2, torch.tensor([10.0, 20.0, 30.0, 40.0]), look.ORANGE, width=1)
+    sheet.save(None)
+    assert os.listdir(tmp_path) == []
+    sheet.save(tmp_path / "sheet.png")
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert pixels.shape == (20 + 2 * 230, 6 + 3 * 230, 3)
+    left, top = 6 + 2 * 230, 20 + 230
+    assert (pixels[top : top + 224, left : left + 224] != 255).any(2).all()  # the panel, and white beside it
+    assert (pixels[top - 6 : top] == 255).all() and (pixels[top:, left - 6 : left] == 255).all()
+    rows, columns = np.nonzero((pixels == look.ORANGE).all(2))
+    assert (columns.min() - left, rows.min() - top, columns.max() + 1 - left, rows.max() + 1 - top) == (
+        40,
+        80,
+        120,
+        160,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# progress and pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_progress_without_a_terminal_is_a_line_every_ten_seconds(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 6))  # seconds; twice looked at in each line, once without
+    monkeypatch.setattr(pictures.time, "time", lambda: next(clock))
+    assert list(pictures.progress("abcdef", 8, 2, what="letters")) == list("abcdef")
+    assert capsys.readouterr().out.splitlines()[0] == "4/8 letters, 0.1 a second, eta 0:00:48"
+    assert list(pictures.progress([1, 3, 0], 4, what="MB", size=lambda item: item)) == [1, 3, 0]
+    assert capsys.readouterr().out.startswith("4/4 MB, 0.2 a second, eta 0:00:")
+
+
+def test_a_figure_is_written_whole_and_closed(tmp_path, monkeypatch):
+    plt = pictures.pyplot()
+    figure, axes = plt.subplots(figsize=(2, 1))
+    axes.plot([1, 2])
+    pictures.save_figure(figure, tmp_path / "a.png", dpi=50)
+    before = (tmp_path / "a.png").read_bytes()
+    assert Image.open(tmp_path / "a.png").size == (100, 50) and not plt.fignum_exists(figure.number)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="a.png"):
+        pictures.save_figure(plt.figure(), tmp_path / "a.png", dpi=50)
+    assert (tmp_path / "a.png").read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        pictures.pyplot()
+
+
+def drawn_panels(folder, lines, monkeypatch):
+    """{title of a panel: {name: (its steps, its values, dashed)}} of curves.png for these lines of a log."""
+    figures = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path, dpi: figures.append((figure, path)))
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pictures.draw_curves(folder)
+    monkeypatch.undo()
+    if not figures:
+        return None
+    ((figure, path),) = figures
+    assert path == str(folder / "curves.png")
+    panels = {
+        axis.get_title(): {
+            line.get_label(): (list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle() == "--")
+            for line in axis.get_lines()
+        }
+        for axis in figure.axes
+    }
+    pictures.pyplot().close(figure)
+    return panels
+
+
+def test_curves_have_panels_by_the_names_of_the_values(tmp_path, monkeypatch):
+    lines = [{"command": "x", "settings": {"lr": 5}}, {"step": 0, "probe": {"hits": 0.5}}]
+    for step in (1, 2, 3):
+        values = {"loss": 3 - step, "loss_image": 1, "loss_chance": 6, "std_image": 0.1, "std_spread": 0.2, "lr": 0.5}
+        values |= {"rows": 4, "positives_p4": 2, "empty": 0.25, "shift": 7} if step > 1 else {}  # logged later
+        timing = {"epoch": step / 2, "images_per_s": 9, "data_share": 0, "bad_images": 0}
+        lines.append({"step": step, **values, **timing, "note": "text"})
+    panels = drawn_panels(tmp_path, [*lines, {"step": 3, "probe": {"hits": 0.5}}], monkeypatch)
+    assert {title: set(names) for title, names in panels.items()} == {
+        "losses": {"loss", "loss_image", "loss_chance"},
+        "std of unit embeddings (collapse: 0)": {"std_image", "std_spread"},
+        "learning rate": {"lr"},
+        "counts": {"rows", "positives_p4"},
+        "shares": {"empty"},
+        "shift (pixels)": {"shift"},
+    }
+    curves = {name: curve for names in panels.values() for name, curve in names.items()}
+    assert {name for name, (*_, dashed) in curves.items() if dashed} == {"loss_chance", "std_spread"}
+    assert curves["loss"][:2] == ([1, 2, 3], [2, 1, 0]) and curves["rows"][:2] == ([2, 3], [4, 4])
+    panels = drawn_panels(tmp_path, [{"step": 1, "loss": 1, "stuck": 0, "valid_p3": 1, "note": "text"}], monkeypatch)
+    assert {title: set(names) for title, names in panels.items()} == {
+        "losses": {"loss"},
+        "shares": {"stuck", "valid_p3"},
+    }
+
+
+def test_curves_without_values_or_matplotlib(tmp_path, monkeypatch, capsys):
+    assert drawn_panels(tmp_path, [{"command": "x"}, {"step": 0, "probe": {}}], monkeypatch) is None
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    pictures.draw_curves(tmp_path)
+    assert Image.open(tmp_path / "curves.png").size[0] > 300
+    os.remove(tmp_path / "curves.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    pictures.draw_curves(tmp_path)
+    assert "matplotlib is not installed" in capsys.readouterr().out and os.listdir(tmp_path) == ["log.jsonl"]
+
+
+def test_a_log_is_read_without_its_torn_line(tmp_path):
+    assert pictures.read_log(tmp_path / "log.jsonl") == []
+    (tmp_path / "log.jsonl").write_text('{"a": 1}\n{"b": NaN}\n{"c": 3')
+    first, second = pictures.read_log(tmp_path / "log.jsonl")
+    assert first == {"a": 1} and second["b"] != second["b"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# legacy.py
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    checkpoints, trunk = legacy.Checkpoints(tmp_path, "x", {}), torch.nn.Linear(2, 2)
+    checkpoints.save({"net.pth": trunk.state_dict()}, step=1)
+    with torch.no_grad():
+        trunk.bias[0] = float("nan")
+    with pytest.raises(UserError, match="no longer finite at step 2"):
+        checkpoints.save({"net.pth": trunk.state_dict()}, step=2)
+    assert torch.load(tmp_path / "checkpoint.pth")["step"] == 1
+
+
+def test_log_drops_what_comes_after_the_checkpoint_and_torn_lines(tmp_path):
+    log = legacy.RunLog(tmp_path, {"command": "x"}, 0, 9, True)
+    for step in range(1, 6):
+        log.write({"step": step})
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    legacy.RunLog(tmp_path, {"command": "y"}, 3, 9, True)
+    assert [json.loads(line) for line in open(tmp_path / "log.jsonl")] == [
+        {"command": "x"},
+        {"step": 1},
+        {"step": 2},
+        {"step": 3},
+    ]
+    legacy.RunLog(tmp_path, {"command": "y"}, 0, 9, True)
+    assert [json.loads(line) for line in open(tmp_path / "log.jsonl")] == [{"command": "y"}]
+    legacy.RunLog(tmp_path / "nowhere", {}, 0, 9, False).write({})  # other ranks write nothing
+
+
+def test_meter_takes_means_and_stops_at_nan():
+    meter = legacy.Meter(4)
+    for x in (1.0, 3.0):
+        meter.add({"loss": torch.tensor(x), "n": torch.tensor(2 * x)})
+    means = meter.means(2)
+    assert means["loss"] == 2 and means["n"] == 4 and means["images_per_s"] > 0
+    assert list(meter.timed([1, 2])) == [1, 2]
+    meter.add({"loss": torch.tensor(float("nan")), "n": torch.tensor(0.0)})
+    with pytest.raises(UserError, match=r"not finite \(steps 1 to 3\)"):
+        meter.means(3)
+
+
+def test_curves_are_drawn(tmp_path):
+    with open(tmp_path / "log.jsonl", "w") as file:
+        file.write('{"command": "x"}\n' + "".join(f'{{"step": {i}, "loss": {i}, "flat": 3}}\n' for i in range(5)))
+    legacy.draw_curves(tmp_path, {"a": ["loss", "=flat"], "b": ["absent"]})
+    assert Image.open(tmp_path / "curves.png").size[0] > 600
