@@ -48,7 +48,7 @@ def run_flags(parser, name):
     flag("--epochs", default=200, type=some, help="length of the schedule")
     flag("--batch-size", default=256, type=number(int, 2), help="images of all processes together")
     flag("--lr", default=0.03, type=number(float, 0), help="learning rate at batch 256; scaled linearly with the batch")
-    flag("--amp", default="none", choices=tuple(AMP), help="precision of the encoders; losses, normalisation and queues are always fp32")
+    flag("--amp", default="none", choices=tuple(AMP), help="precision of the encoders; losses, unit embeddings and queues are always fp32")
     flag("--seed", default=0, type=number(int, 0), help="key of all random draws")
     flag("--steps", type=number(int, 0), help="stop after this many steps in all; the schedule stays as it is")
     flag("--workers", default=min(8, cores), type=number(int, 0), help="loader processes of each training process; results do not depend on it")
@@ -72,7 +72,7 @@ def parse(parser, argv, presets):
 def start_processes():
     """Join the process group that torchrun announces in the environment, if it does: rank, number of processes, device.
 
-    CUDA processes use nccl, and gloo for CPU tensors. CPU processes use gloo. Errors: UserError, a process without a GPU.
+    CUDA processes use nccl, and gloo for CPU tensors; others gloo. Errors: UserError, a process without a GPU.
     """
     number, size, local = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
@@ -119,7 +119,7 @@ def all_gather(x):
 def shuffle(x, permutation):
     """MoCo's shuffling BN: place i gets row permutation[i] of all processes' rows; each process keeps its share.
 
-    Keys are normalised together with other images than their queries, so batch statistics cannot give the positive away.
+    Keys are normalised among other images than their queries, so batch statistics cannot give the positive away.
     x: (N, ...) of this process. permutation: (N * processes,) int64, equal on every process. Returns (N, ...).
     """
     return all_gather(x)[permutation.chunk(processes())[rank()].to(x.device)]
@@ -214,8 +214,8 @@ def autocast(amp, device):
 def encode_in_groups(network, group, *inputs):
     """Call `network.encode` on groups of consecutive images, one after the other: batch statistics are per group.
 
-    On a paper's GPU the statistics are those of its own 32 images. With groups, one process with 64 images equals two with
-    32 (B15). Only the first group updates running statistics, as if the buffers of GPU 0 were broadcast (B17).
+    On a paper's GPU the statistics are those of its own 32 images. With groups, one process with 64 images equals two
+    with 32 (B15). Only the first group updates running statistics, as if the buffers of GPU 0 were broadcast (B17).
 
     network: module whose encode(n rows of each input) returns tensors with n rows. group: at most this many images;
     groups differ by one image at most. inputs: (N, ...) each. Returns fp32 tensors with N rows.

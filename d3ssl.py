@@ -52,7 +52,7 @@ BOXES, DIM = 4, 128  # K of Eq. 10 as in SoCo (D2), D as in MoCo-v2 (D10)
 SOCO_DIM, SOCO_HIDDEN = 256, 4096  # D, and the hidden width of SoCo's projector and predictor (D39)
 AUGMENTATIONS = (("prc", "soco-cutout"), ("prm", "prm-erase"), ("rbj", "soco-jitter"))  # at most one of a pair
 PAPER = dict(epochs=800, lr=0.3)  # section 5 follows DenseCL's protocol; lr and SGD are DenseCL's on COCO (D17)
-DEMO = dict(data="scenes:2048", arch="resnet18", size=136, batch_size=64, epochs=2, lr=0.15, queue_size=512, ema=0.9,
+DEMO = dict(data="scenes:2048", arch="resnet18", size=136, batch_size=64, epochs=2, lr=0.15, ema=0.9,
             temperature=0.1, mlp_norm=True)  # fmt: skip
 SOCO = dict(augment=["soco-cutout"], depositioning=False, ema=0.99, mlp_norm=True)  # SoCo-C4 jitters no boxes (D39)
 
@@ -69,7 +69,7 @@ def get_args(argv=None):
     flag("--augment", default=["prc", "prm", "rbj"], nargs="*", choices=sum(AUGMENTATIONS, ()), help="the columns of Table 5: prc or soco-cutout cuts a part of each region; prm shows background in one rectangle alone, prm-erase hides it there; rbj or soco-jitter moves the boxes; no name: none of them; on SoCo soco-cutout if not given")
     flag("--depositioning", default=True, action=switch, help="L_dp (Eqs. 6 to 9) besides L_dc; SoCo has none")
     flag("--temperature", default=0.2, type=number(float, 1e-3), help="tau of Eq. 5 (MoCo); the smaller, the more the hardest negatives count")
-    flag("--queue-size", type=number(int, 1), help="M, regions in the memory bank (MoCo), K of each image; default 65536, or less so that no image is in it twice")
+    flag("--queue-size", type=number(int, 1), help="M, regions in the memory bank (MoCo), K of each image; default 65536, or less than an epoch of regions")
     flag("--ema", default=0.999, type=number(float, 0, 1), help="m: teacher <- m teacher + (1 - m) student; on SoCo m starts at 0.99 and rises to 1")
     flag("--mlp-norm", default=False, action=switch, help="batch norm in the MLP of Eq. 1; always on SoCo; short runs learn faster with it")
     # fmt: on
@@ -91,7 +91,7 @@ def get_args(argv=None):
 
 
 def presets(args):
-    """The defaults that replace those of the flags; the last one wins."""
+    """The defaults of --demo and of SoCo; where both set one, SoCo's wins."""
     demo = DEMO | dict(amp="bf16" if bf16_is_fast() else "none") if args.demo else {}
     return demo | (SOCO if args.framework == "soco" else {})
 
@@ -177,7 +177,7 @@ def proposal_cutout(view, boxes, low=0.2, high=0.5):
     Each box is cut once (D21), by a rectangle of its aspect at a random place inside it. A share c of the area is drawn
     evenly from [low, high] for each box. Boxes are cut from the largest to the smallest. If earlier cuts already
     removed more than c of a box, its pixels are restored first (D20). The new cut has the size that is left of c. The
-    smallest box thus loses at most c; a larger box can lose more to the boxes inside it.
+    smallest box thus loses about c at most; a larger box can lose more to the boxes inside it.
 
     Along each axis the start and the end of a cut are rounded to pixels, so the size of a cut depends on its place.
     The code of RCC, a later method of the same first author, rounds so too (D19).
@@ -225,7 +225,7 @@ def restricted_jitter(boxes, shrink=0.2):
 
 
 def soco_cutout(view, boxes):
-    """SoCo's cutout, for Table 5: a square is cut at every second box. Arguments as in proposal_cutout.
+    """SoCo's cutout, for Table 5: each box is cut, by a square, with probability 1/2. Arguments as in proposal_cutout.
 
     The square has [0.1, 0.3] of the box's area, lies around a random point of the box, and may reach out of the box.
     DEVIATION: D43, in PRC's place, in both augmented views. Likewise soco_jitter in RBJ's place.
@@ -240,7 +240,7 @@ def soco_cutout(view, boxes):
 
 
 def soco_jitter(boxes, size, reach=0.1):
-    """SoCo's jitter of (K, 4), for Table 5: every second box is moved and scaled by up to `reach` of its sides."""
+    """SoCo's jitter of (K, 4), for Table 5: a random half is moved and scaled by up to `reach` of its sides."""
     side = boxes[:, 2:] - boxes[:, :2]  # (K, 2)
     shift, scale = (reach * (2 * torch.rand(2, *side.shape) - 1)).unbind()
     corner = boxes[:, :2] + shift * side
@@ -309,7 +309,7 @@ def draw_views(item, size, augment, boxes=BOXES):
 def draw_view(image, crop, boxes, size, divisor, augment, *key):
     """A view, its jittered boxes, which student and teacher share (D26), and the pixels that the student sees (Eq. 2).
 
-    The student sees the view in 1 / divisor of its size, and its pixels are given in that size.
+    The student sees the view at 1 / divisor of its size; the mask of pixels has that size.
     """
     with common.drawing("colour", *key):
         view, flipped = distorted_view(image, crop, size)
@@ -378,7 +378,7 @@ class Encoder(nn.Module):
 
 
 def region_contrastive_loss(z, positive, bank, temperature):
-    """PAPER: Eq. 5, L_nce: -log( exp(z.z+) / (exp(z.z+) + sum exp(z.z-)) ), and Eq. 10's mean over regions.
+    """PAPER: Eq. 5, L_nce: -log( exp(z.z+/tau) / (exp(z.z+/tau) + sum exp(z.z-/tau)) ), and Eq. 10's mean over regions.
 
     z, positive: (..., D) unit vectors, the second without gradient. bank: (M, D) unit vectors, the only negatives, as
     printed: other regions of the batch are none. temperature: tau.
@@ -545,7 +545,7 @@ def train(argv=None):
     run = Run("d3ssl", args)  # processes, images, output folder, log, checkpoints, signals: harness/run.py
     run.images = proposals.attach(run, args.proposals)
     if args.framework == "moco":
-        args.queue_size = run.fit_queue(args.queue_size, keys=BOXES)
+        args.queue_size = run.fit_queue(args.queue_size, 512 if args.demo else 65536, keys=BOXES)
     method = build(args, run.device, run.init, run.total)
     network = method.query
 

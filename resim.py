@@ -21,7 +21,7 @@ pooled over the window in both crops are pulled together, and pushed away from t
     python resim.py --demo                                     a laptop, minutes, nothing to download
     torchrun --nproc_per_node 8 resim.py --data /imagenet      ReSim-FPN: Table 4's 59.2 AP
     ... --levels c4                                            ReSim-C4, g on C4, no top-down path: Table 4's 58.7 AP
-    ... --data /in100 --epochs 500 --levels c4 --framework simsiam      Table 2's SimSiam + ReSim-C4
+    resim.py --data /in100 --epochs 500 --levels c4 --framework simsiam      Table 2's SimSiam + ReSim-C4
 
 docs/resim.md has the usage, what each logged value means, the measurements, and the decisions: where the paper is
 silent or the released code (Tete-Xiao/ReSim b6a36ee) differs, a clause here names the row, as in (R9).
@@ -48,8 +48,7 @@ from harness.run import Run, bf16_is_fast, main
 # ==== Settings ========================================================================================================
 
 SIMSIAM = dict(lr=0.1)  # PAPER: Table 7; twice what SimSiam's own rule gives (R21)
-DEMO = dict(data="scenes", arch="resnet18", size=136, batch_size=64, epochs=3, lr=0.6, queue_size=512, ema=0.99,
-            temperature=0.1)  # fmt: skip
+DEMO = dict(data="scenes", arch="resnet18", size=136, batch_size=64, epochs=3, lr=0.6, ema=0.99, temperature=0.1)
 PYRAMID = 256  # channels of P3..P5, as in the detectors that load them
 
 
@@ -75,14 +74,14 @@ def get_args(argv=None):
     flag = parser.add_argument
     # fmt: off
     flag("--demo", action="store_true", help="a small complete job on built-in scenes, minutes on two CPU cores; other flags win over its settings")
-    flag("--preset", default="paper", choices=("paper", "official"), help="the text, or the released code: the pyramid's output convolutions as the only heads, mean over all windows of a group")
-    flag("--framework", default="moco", choices=("moco", "simsiam"), help="MoCo-v2 (queue, momentum keys) or SimSiam (predictors, no negatives)")
+    flag("--preset", default="paper", choices=("paper", "official"), help="the text, or the released code: the pyramid's output convolutions as the only heads, mean over all valid windows of a group")
+    flag("--framework", default="moco", choices=("moco", "simsiam"), help="MoCo-v2 (queue, momentum keys) or SimSiam (predictors, no negatives, lr 0.1)")
     flag("--levels", default="fpn", choices=tuple(LEVELS), help="c4: ReSim-C4, on C4; fpn: ReSim-FPN, on P4 and P3 of a feature pyramid")
     flag("--window", default=[48, 32], type=number(int, 1), nargs=2, metavar=("W", "S"), help="Table 3: side of a window on C4 or P4 and distance to the next, in pixels; P3 keeps 32 and 24")
     flag("--pool", default="prroi", choices=("prroi", "roi_align"), help="Precise RoI Pooling, or RoIAlign (section 4.1's comparison)")
-    flag("--loss-weight", default=1.0, type=number(float, 0), help="lambda of Eq. 5, weight of the image loss beside the regions'")
+    flag("--loss-weight", default=1.0, type=number(float, 0), help="lambda of Eq. 5, weight of the image loss; 0: regions alone (the baseline, images alone, is setsim.py --loss-weight 0)")
     flag("--temperature", default=0.2, type=number(float, 1e-3), help="tau of Eqs. 1 and 3 (MoCo); the smaller, the more the hardest negatives count")
-    flag("--queue-size", type=number(int, 1), help="K of the queue (MoCo); default 65536, or less so that no image has two keys in it; IN-100: 16384")
+    flag("--queue-size", type=number(int, 1), help="K of the queue (MoCo); default 65536, or less than an epoch of keys; IN-100: 16384")
     flag("--ema", default=0.999, type=number(float, 0, 1), help="m: key network <- m key + (1 - m) query (MoCo); short runs need a smaller one")
     # fmt: on
     common.run_flags(parser, "resim")
@@ -91,7 +90,7 @@ def get_args(argv=None):
         parser.error("--preset official is ReSim-FPN on MoCo-v2, nothing else was released: drop --levels, --framework")
     for level in make_levels(args):
         if level.window >= args.size:
-            parser.error(f"--size {args.size}: a window of {level.window} pixels does not fit into the view")
+            parser.error(f"--size {args.size}: a window of {level.window} pixels must be smaller than the view (R2)")
     return args
 
 
@@ -102,7 +101,7 @@ def presets(args):
 
 
 def make_levels(args):
-    """LEVELS[args.levels], the first with the window of --window, and negatives of its size in whole cells (R26)."""
+    """LEVELS[args.levels]. --window sets window, step and kernel of the first; P3 keeps its own (R26)."""
     (first, *others), (window, step) = LEVELS[args.levels], args.window
     return [first._replace(window=window, step=step, kernel=max(1, int(window / first.stride + 0.5))), *others]
 
@@ -287,7 +286,7 @@ class Backbone(nn.Module):
 class Encoder(Backbone):
     """Backbone with MoCo-v2's projector C-C-128 for images and a convolutional head for the map of each level.
 
-    PAPER: section 3.4, "two 3x3 convolutions" to 128 channels, BN and ReLU between them. 128 are hidden too (R24, R25).
+    PAPER: section 3.4, "two 3x3 convolutions" to 128 channels; BN and ReLU between, 128 channels there too (R24, R25).
     """
 
     def __init__(self, arch, levels, amp="none", official=False):
@@ -353,7 +352,7 @@ def simsiam_heads(C, D):
     projector = nn.Sequential(
         layer(C, D), norm(D), nn.ReLU(),
         layer(D, D), norm(D), nn.ReLU(),
-        layer(D, D), norm(D, affine=False),  # without the frozen bias, which norm removes (DEVIATION: B7)
+        layer(D, D), norm(D, affine=False),  # no bias: SimSiam freezes it, norm cancels it (DEVIATION: B7)
     )  # fmt: skip
     return projector, nn.Sequential(layer(D, D // 4), norm(D // 4), nn.ReLU(), nn.Linear(D // 4, D))
 
@@ -542,7 +541,7 @@ def train(argv=None):
     args = get_args(argv)
     run = Run("resim", args)  # processes, images, output folder, log, checkpoints, signals: harness/run.py
     if args.framework == "moco":
-        args.queue_size = run.fit_queue(args.queue_size)
+        args.queue_size = run.fit_queue(args.queue_size, 512 if args.demo else 65536)
     method = build(args, run.device, run.init)
     network = method.query
 

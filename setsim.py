@@ -49,9 +49,8 @@ from harness.run import Run, bf16_is_fast, main
 # ==== Settings ========================================================================================================
 
 SIMSIAM = dict(lr=0.1, set="30%", symmetric=True)  # section 4; Table 2's Delta, as in Table 1's SimSiam row (S24)
-OFFICIAL = dict(set="0.7", matcher="set2set", geometry=0.5)  # the released script (S1, S4, S5, S6, S12)
-DEMO = dict(data="scenes", arch="resnet18", size=136, batch_size=64, epochs=3, queue_size=512, ema=0.99,
-            temperature=0.1)  # fmt: skip
+OFFICIAL = dict(set="0.7", matcher="set2set", geometry=0.5)  # the released script (S6, S12); S1, S4, S5: see match
+DEMO = dict(data="scenes", arch="resnet18", size=136, batch_size=64, epochs=3, ema=0.99, temperature=0.1)
 PIXEL_MATCHERS = ("random", "sort", "hungarian")  # one to one, Table 3
 MATCHERS = ("set2set", "set2set-nn", *PIXEL_MATCHERS, "densecl", "geometry")
 
@@ -62,20 +61,22 @@ def get_args(argv=None):
     flag, share = parser.add_argument, number(float, 0, 1)
     # fmt: off
     flag("--demo", action="store_true", help="a small complete job on built-in scenes, minutes on two CPU cores; other flags win over its settings")
-    flag("--preset", default="paper", choices=("paper", "official"), help="the text, or the released training script")
-    flag("--framework", default="moco", choices=("moco", "simsiam"), help="MoCo-v2 (queues, momentum keys) or SimSiam (predictor, no negatives)")
+    flag("--preset", default="paper", choices=("paper", "official"), help="the text, or the released script: mean of z^2 in Eq. 3, mu 0.2, set2set, Geo 0.5")
+    flag("--framework", default="moco", choices=("moco", "simsiam"), help="MoCo-v2 (queues, momentum keys) or SimSiam (predictor, no negatives, lr 0.1)")
     flag("--matcher", default="set2set-nn", choices=MATCHERS, help="Table 3's five; densecl: the nearest neighbour of each cell; geometry: the cells at the same place")
-    flag("--set", default="0.7", type=set_rule, help="cells of a set: 0.7 takes attention >= delta (Eq. 4); 30%% takes the Delta highest (Table 2), default on SimSiam and for random, sort, hungarian")
-    flag("--geometry", nargs="?", const=0.5, type=number(float, 1e-6), help="Table 4's Geo: cells closer than this many cell diagonals are positives too; 0.5 if no number is given")
+    flag("--set", default="0.7", type=set_rule, help="cells of a set: 0.7 takes attention >= delta (Eq. 4); 30%% takes the Delta highest (Table 2), default for random, sort, hungarian, and on SimSiam with --preset paper")
+    flag("--geometry", nargs="?", const=0.5, type=number(float, 0), help="Table 4's Geo: cells closer than this many cell diagonals are positives too; 0.5 if no number is given; 0: off")
     flag("--symmetric", default=False, action=argparse.BooleanOptionalAction, help="Table 4's Sym: mean of both directions, twice the encoding; SimSiam always does it")
     flag("--loss-weight", default=0.5, type=share, help="lambda of Eq. 9, the share of the set loss; 0: no dense branch, the baseline MoCo-v2 or SimSiam")
     flag("--temperature", default=0.2, type=number(float, 1e-3), help="tau of Eqs. 1 and 8 (MoCo); the smaller, the more the hardest negatives count")
-    flag("--queue-size", type=number(int, 1), help="K of each queue (MoCo); default 65536, or less so that no image has two keys in it")
+    flag("--queue-size", type=number(int, 1), help="K of each queue (MoCo); default 65536, or less than an epoch of keys")
     flag("--ema", default=0.999, type=share, help="m: key network <- m key + (1 - m) query (MoCo); short runs need a smaller one")
     # fmt: on
     common.run_flags(parser, "setsim")
 
     args = common.parse(parser, argv, presets)
+    if args.geometry and args.matcher in (*PIXEL_MATCHERS, "densecl"):
+        parser.error(f"--geometry adds positives to set2set and set2set-nn, not to --matcher {args.matcher}")
     if args.matcher in PIXEL_MATCHERS and not args.set.endswith("%"):
         parser.error(f"--matcher {args.matcher} pairs cells one to one, in sets of one size: give --set in percent")
     return args
@@ -87,6 +88,8 @@ def presets(args):
     chosen = chosen | (OFFICIAL if args.preset == "official" else {})
     if args.matcher in PIXEL_MATCHERS:
         chosen = chosen | dict(set="30%")  # Table 3 prints no number (S20)
+    if args.matcher in (*PIXEL_MATCHERS, "densecl"):
+        chosen = chosen | dict(geometry=None)
     if args.demo:
         lr = 0.6 if args.framework == "moco" else 0.1
         chosen = chosen | DEMO | dict(lr=lr, amp="bf16" if bf16_is_fast() else "none")
@@ -95,7 +98,10 @@ def presets(args):
 
 def set_rule(text):
     """Check '0.7' or '30%' and return it as it is."""
-    number(float, *((1, 100) if text.endswith("%") else (0, 1)))(text.removesuffix("%"))
+    try:
+        number(float, *((1, 100) if text.endswith("%") else (0, 1)))(text.removesuffix("%"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: give an attention such as 0.7, or a share such as 30%") from None
     return text
 
 
@@ -110,7 +116,7 @@ def random_view(image, size):
     Returns:
         view: (3, size, size) uint8.
         window: (4,), the image coordinates x0, y0, x1, y1 of the view's left, top, right and bottom edge, as fractions
-            of the image's width and height. Of a flipped view x0 > x1.
+            of the image's width and height. A flipped view has x0 > x1.
     """
     width, height = image.size
     top, left, h, w = transforms.RandomResizedCrop.get_params(image, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
@@ -192,7 +198,7 @@ def simsiam_heads(C, layer, norm):
     projector = nn.Sequential(
         layer(C, C, bias=False), norm(C), nn.ReLU(),
         layer(C, C, bias=False), norm(C), nn.ReLU(),
-        layer(C, C, bias=False), norm(C, affine=False),  # without the frozen bias, which norm removes (DEVIATION: B7)
+        layer(C, C, bias=False), norm(C, affine=False),  # no bias: SimSiam freezes it, norm cancels it (DEVIATION: B7)
     )  # fmt: skip
     return projector, nn.Sequential(layer(C, C // 4, bias=False), norm(C // 4), nn.ReLU(), layer(C // 4, C))
 
@@ -252,11 +258,11 @@ def set_to_set(set_q, set_k, similarity, mu=0.0, nearest=True, geometry=None, of
     """
     a = set_q[:, :, None] & set_k[:, None, :]
     u = similarity < mu if official else similarity <= mu  # PAPER: Eq. 6
-    c = a & ~u if geometry is None else a & ~u | geometry
+    c = a & ~u if geometry is None else (a & ~u) | geometry
     if nearest:  # PAPER: Eqs. 5 and 7. Neighbours are exempt from mu (S5).
         s = F.one_hot(similarity.argmax(2), similarity.shape[2]).bool()
         rows = c.any(2) if official else c.any(2) | set_q
-        c = c | s & (rows & set_k.any(1, keepdim=True))[:, :, None]
+        c = c | (s & (rows & set_k.any(1, keepdim=True))[:, :, None])  # no neighbour if the key set is empty
     return c
 
 
@@ -384,7 +390,7 @@ def image_cosine_loss(prediction, projection):
 def set_cosine_loss(prediction, projection, positives):
     """Eq. 8 without negatives: minus the mean over j in c_i of cos(prediction_i, projection_j), averaged as Eq. 8 is.
 
-    (B, S, D), (B, S, D), (B, S, S) bool -> scalar. No gradient flows through the projections. The paper is silent (S18).
+    (B, S, D), (B, S, D), (B, S, S) bool -> scalar. No gradient flows through projections. The paper is silent (S18).
     """
     cosine = torch.einsum("bid,bjd->bij", F.normalize(prediction, dim=2), F.normalize(projection.detach(), dim=2))
     row = (cosine * positives).sum(2) / positives.sum(2).clamp(min=1)  # (B, S)
@@ -399,7 +405,8 @@ class SetSim(nn.Module):
 
     Args:
         encoder: Encoder. match: the function of that name, its settings filled in. loss_weight: lambda of Eq. 9.
-        symmetric: both directions. queue_size, ema, temperature: K, m, tau of MoCo; a queue_size of 0 means SimSiam.
+        symmetric: both directions; always on SimSiam. queue_size, ema, temperature: K, m, tau of MoCo; a queue_size of
+            0 means SimSiam.
     """
 
     picture, measured = "matches", "cells have their best match within one cell of the true place"
@@ -407,7 +414,7 @@ class SetSim(nn.Module):
     def __init__(self, encoder, match, loss_weight, symmetric, queue_size=0, ema=0.999, temperature=0.2, seed=0):
         super().__init__()
         self.query, self.key = encoder, None
-        self.match, self.loss_weight, self.symmetric = match, loss_weight, symmetric
+        self.match, self.loss_weight, self.symmetric = match, loss_weight, symmetric or not queue_size
         self.ema, self.temperature, self.seed = ema, temperature, seed
         if queue_size:
             self.key = copy.deepcopy(encoder).requires_grad_(False)
@@ -420,7 +427,7 @@ class SetSim(nn.Module):
 
         Args:
             network: self.query, wrapped in DistributedDataParallel if there are several processes.
-            view_q, view_k: (B, 3, size, size) uint8. window_q, window_k: (B, 4). step: key of random draws.
+            view_q, view_k: (B, 3, size, size) uint8. window_q, window_k: (B, 4). step: seeds the draws.
         Returns:
             loss, {name: scalar tensor, or number to compare with}
         """
@@ -509,7 +516,7 @@ def build(args, device, init=None):
     encoder = encoder if moco else common.synchronised_norms(encoder, device)
     settings = dict(matcher=args.matcher, rule=args.set, geometry=args.geometry, official=args.preset == "official")
     method = SetSim(
-        encoder, partial(match, **settings), args.loss_weight, args.symmetric or not moco,
+        encoder, partial(match, **settings), args.loss_weight, args.symmetric,
         (args.queue_size or 65536) if moco else 0, args.ema, args.temperature, args.seed,
     )  # fmt: skip
     return method.to(device, memory_format=torch.channels_last)
@@ -522,7 +529,7 @@ def train(argv=None):
     args = get_args(argv)
     run = Run("setsim", args)  # processes, images, output folder, log, checkpoints, signals: harness/run.py
     if args.framework == "moco":
-        args.queue_size = run.fit_queue(args.queue_size)
+        args.queue_size = run.fit_queue(args.queue_size, 512 if args.demo else 65536, keys=1 + args.symmetric)
     method = build(args, run.device, run.init)
     network = method.query
 

@@ -20,7 +20,7 @@ import common
 from common import UserError, print0
 
 EXTENSIONS = set(".jpg .jpeg .jpe .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm .jp2 .avif".split())
-TRIES = 20  # neighbours to try in place of an unreadable image, before the folder is called broken
+TRIES = 20  # neighbours to try in place of an unreadable image
 
 
 def read_image(path):

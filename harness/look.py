@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""What a method sees: two numbers and three pictures, from the very tensors that its loss uses.
+"""What a method sees: two measures and three pictures. Pictures show the very tensors that the loss uses.
 
 correspondence, found_again                     sums over cells or regions: hits, chance, count
 draw_matches, draw_windows, draw_regions        a PNG each: SetSim's Figure 3, ReSim's 2 and 3, D3SSL's 2 and 5
 """
+
+import io
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms import functional as TF
 
 import common
+from harness.weights import write_atomically
 
 ORANGE, BLUE, RED = (255, 176, 0), (64, 176, 255), (230, 40, 40)
 COLOURS = ((255, 255, 255), ORANGE, (64, 200, 255), (230, 60, 60), (110, 220, 90), (200, 120, 255))
@@ -92,7 +95,9 @@ class Sheet:
     def save(self, path):
         """Write a PNG file, or nothing if `path` is None."""
         if path:
-            self.canvas.save(path)
+            buffer = io.BytesIO()
+            self.canvas.save(buffer, "png")
+            write_atomically(path, [buffer.getbuffer()])
 
 
 def heat(values, size):

@@ -7,7 +7,8 @@
         ...                                            forward, backward, optimizer step
         run.log(loss=loss, lr=lr, **values)            tensors are averaged over steps and processes
 
-A method is a module with `measure(*batch)` and `draw(path, *batch)`, called on fixed views before and after training.
+A method is a module that is drawn and measured on fixed views before and after training. `draw(path, *batch)` writes
+the picture, `picture` names it; `measure(*batch)` returns sums: hits, chance, count; `measured` ends the sentence.
 
 Attributes of a Run: rank, processes, device, images, epoch_steps, step (the one under way), epoch, total.
 """
@@ -33,7 +34,7 @@ from harness import images as data
 from harness import pictures, weights
 
 NO_INFLUENCE = "data proposals output_dir demo steps workers print_freq save_every".split()  # may change on a resume
-MEASURED, MEASURED_IN_DEMO, BATCH = 32, 256, 32  # images that are measured before and after training
+MEASURED, MEASURED_IN_DEMO, BATCH = 32, 256, 32  # images that are measured; images encoded at a time
 
 
 class Run:
@@ -41,10 +42,10 @@ class Run:
 
     def __init__(self, name, args):
         self.name, self.args, self.step, self.values = name, args, 0, []
+        self.rank, self.processes, self.device = common.start_processes()
         self.signalled, self.stop = 0, 0  # a signal came to this process; all processes have agreed to stop
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.remember_signal)
-        self.rank, self.processes, self.device = common.start_processes()
         self.images = data.open_images(args.data, args.size, args.seed)
         self.share = args.batch_size // self.processes
         if args.batch_size % self.processes:
@@ -61,7 +62,7 @@ class Run:
         weights.make_output_dir(args.output_dir)
 
     def remember_signal(self, number, frame):
-        """SIGTERM or Ctrl-C: finish the step, save, exit 0. A second Ctrl-C stops at once."""
+        """SIGTERM or Ctrl-C: finish the step, save, exit 0. The next Ctrl-C stops at once."""
         self.signalled = 1
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -77,8 +78,8 @@ class Run:
     def path(self, name):
         return os.path.join(self.args.output_dir, name)
 
-    def fit_queue(self, size, keys=1):
-        """K of a MoCo method: --queue-size, or by default 65536 or less, so that no image has keys of two epochs in it.
+    def fit_queue(self, size, most=65536, keys=1):
+        """K of a MoCo method: --queue-size, or by default `most`, or less so that the queue holds less than an epoch.
 
         Args:
             size: --queue-size or None. keys: what an image adds to the queue at each step.
@@ -90,10 +91,10 @@ class Run:
             print0("warning: one group of images: shuffling batch norm does nothing, and keys may leak through it")
         fitting = max(1, self.epoch_steps - 1) * self.args.batch_size * keys
         if size and size > fitting:
-            print0(f"warning: --queue-size {size} can hold several keys of one image (there are {len(self.images)})")
-        elif not size and fitting < 65536:
-            print0(f"queue: {fitting} keys instead of 65536, so that no image has two ({len(self.images)} images)")
-        return size or min(65536, fitting)
+            print0(f"warning: --queue-size {size} holds more than an epoch, so several keys of one image")
+        elif not size and fitting < most:
+            print0(f"queue: {fitting} keys instead of {most}, less than an epoch of {len(self.images)} images")
+        return size or min(most, fitting)
 
     # checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -146,6 +147,7 @@ class Run:
         first, loader = self.step, self.loader(views)
         with self.progress() as bar:
             self.started, self.waited, batches = time.time(), 0.0, iter(loader)
+            (self.stop,) = agree(self.signalled)
             while self.step < self.last and not self.stop:
                 asked = time.time()
                 *batch, index, passed = next(batches)
@@ -153,14 +155,15 @@ class Run:
                 yield [x.to(self.device, non_blocking=True) for x in batch]
                 self.step += 1
                 self.end_step(index, passed, bar)
+        if self.step == first:
+            self.save()  # no step was taken
         if self.stop:
             print0(f"stopped by a signal and saved at step {self.step}; the same command continues")
-        elif self.step == first:
-            self.save()  # no step was left
+        if self.rank == 0:
+            pictures.draw_curves(self.args.output_dir)  # first: a run with a last measurement counts as finished
         if self.step >= self.last:
             self.measure("end", views, plain_views or views)
         if self.rank == 0:
-            pictures.draw_curves(self.args.output_dir)
             print0(f"{self.args.output_dir}: {', '.join(sorted(os.listdir(self.args.output_dir)))}")
 
     def loader(self, views):
@@ -201,7 +204,7 @@ class Run:
     def measure(self, title, views, plain_views):
         """Draw and measure what the method makes of fixed views; the same on all processes.
 
-        It is a copy that works, in training mode: batch statistics are what the loss sees, and nothing changes.
+        Uses a copy in training mode, so batch statistics are those of the loss and the method stays unchanged.
         """
         method, images = copy.deepcopy(self.method), self.images
 
@@ -222,8 +225,8 @@ class Run:
                 sums += torch.tensor(method.measure(*batch(plain_views, items, first)), dtype=torch.float64)
         count = max(int(sums[2]), 1)
         hits, chance = (sums[:2] / count).tolist()
-        where = "held-out scenes" if images.held_out else "fixed crops of the training images"
-        print0(f"{title} of training: {hits:.1%} of {count} {method.measured}, on {where} (chance {chance:.1%})")
+        where = "held-out scenes" if images.held_out else "images of --data"
+        print0(f"{title} of training: {hits:.1%} of {count} {method.measured}, in {where} (chance {chance:.1%})")
         self.write(probe={"hits": hits, "chance": chance, "count": count})
 
     # log --------------------------------------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ class Run:
         return True
 
     def log(self, **values):
-        """The values of this step: scalar tensors, or numbers that stay the same. Nothing waits for the device."""
+        """The values of this step: scalar tensors, or plain numbers. Nothing waits for the device."""
         self.values.append({name: x.detach() if torch.is_tensor(x) else x for name, x in values.items()})
 
     def means(self):

@@ -1,4 +1,4 @@
-"""d3ssl.py: views, boxes, augmentations of regions, networks, losses, one iteration, each against something independent."""
+"""d3ssl.py: views, boxes, augmentations, networks, losses and one iteration, each against something independent."""
 
 import copy
 import itertools
@@ -114,7 +114,7 @@ def test_boxes_show_the_same_in_every_view(no_colours, monkeypatch):
 
 
 def test_views_follow_the_recipe():
-    """x1 is the whole image. x2 has [0.4, 1] of its area, an aspect of 3/4 to 4/3. Each is flipped every second time."""
+    """x1 is the whole image. x2 has [0.4, 1] of its area and an aspect of 3/4 to 4/3. Each is flipped half the time."""
     image, shown = Image.new("RGB", (400, 300)), []
     original = d3ssl.distorted_view
 
@@ -1196,9 +1196,7 @@ DEFAULTS = dict(
 SOCO = dict(augment=["soco-cutout"], depositioning=False, ema=0.99, mlp_norm=True)
 
 
-DEMO = dict(
-    arch="resnet18", size=136, batch_size=64, epochs=2, lr=0.15, queue_size=512, ema=0.9, temperature=0.1, mlp_norm=True
-)
+DEMO = dict(arch="resnet18", size=136, batch_size=64, epochs=2, lr=0.15, ema=0.9, temperature=0.1, mlp_norm=True)
 BASE = ["--data", "x", "--proposals", "y"]
 
 
@@ -1307,7 +1305,7 @@ def test_bank_shrinks_to_the_data(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(d3ssl, "build", lambda args, *_: sizes.append(args.queue_size) or 1 / 0)
     for flags, size, line in (
         ("", 256 * 4 * 3, "queue: 3072 keys instead of 65536"),
-        ("--queue-size 5000", 5000, "warning: --queue-size 5000 can hold several keys of one image"),
+        ("--queue-size 5000", 5000, "warning: --queue-size 5000 holds more than an epoch"),
         ("--queue-size 3072", 3072, ""),
         ("--framework soco", None, ""),
     ):
@@ -1346,7 +1344,7 @@ LIFTED = {  # as the table of docs/d3ssl.md has it: what each piece needs
 
 
 def test_pieces_work_alone(monkeypatch):
-    """The source of each piece with what docs/d3ssl.md says it needs, and only libraries in scope, passes the same oracles."""
+    """The source of each piece with libraries and what docs/d3ssl.md says it needs passes the same oracles."""
     for name, others in LIFTED.items():
         alone, *_ = lifted("d3ssl.py", name, *others.split())
         assert alone is not getattr(d3ssl, name)

@@ -704,17 +704,19 @@ def test_a_queue_is_as_long_as_the_images_allow(tmp_path, capsys):
     assert queue_size(tmp_path, 10**6, 64, None) == 65536 and said() == []
     assert queue_size(tmp_path, 65536 + 64, 64, None) == 65536 and said() == []
     assert queue_size(tmp_path, 65536, 64, None) == 65536 - 64
-    assert said() == ["queue: 65472 keys instead of 65536, so that no image has two (65536 images)"]
+    assert said() == ["queue: 65472 keys instead of 65536, less than an epoch of 65536 images"]
     assert queue_size(tmp_path, 200, 64, None) == 2 * 64  # three steps an epoch
     assert queue_size(tmp_path, 70, 64, None) == 64  # one step an epoch
     assert queue_size(tmp_path, 200, 64, None, keys=4) == 4 * 2 * 64
-    assert [line.split()[1] for line in said()] == ["128", "64", "512"]
+    assert queue_size(tmp_path, 10**6, 64, None, 512) == 512 and queue_size(tmp_path, 10**6, 64, 100, 512) == 100
+    assert queue_size(tmp_path, 70, 64, None, 512) == 64  # a demo on few images
+    assert [line.split()[1] for line in said()] == ["128", "64", "512", "64"]
     assert (
         queue_size(tmp_path, 200, 64, 128) == 128 and queue_size(tmp_path, 200, 64, 512, keys=4) == 512 and said() == []
     )
     for asked, keys in ((129, 1), (10**6, 4)):
         assert queue_size(tmp_path, 200, 64, asked, keys=keys) == asked
-        assert said() == [f"warning: --queue-size {asked} can hold several keys of one image (there are 200)"]
+        assert said() == [f"warning: --queue-size {asked} holds more than an epoch, so several keys of one image"]
 
 
 def test_groups_of_a_queue(tmp_path, capsys, monkeypatch):

@@ -1243,9 +1243,7 @@ def test_probe_finds_places_that_the_features_tell():
 PRESET = dict(framework="moco", levels="fpn", window=[48, 32], pool="prroi", loss_weight=1.0, temperature=0.2, lr=0.03, batch_size=256,
               epochs=200, queue_size=None, ema=0.999, arch="resnet50", size=224, amp="none")  # fmt: skip
 PRESETS = {"paper": PRESET, "official": PRESET}  # literal copy of the table of presets
-DEMO = dict(
-    arch="resnet18", size=136, batch_size=64, epochs=3, lr=0.6, queue_size=512, ema=0.99, temperature=0.1, demo=True
-)
+DEMO = dict(arch="resnet18", size=136, batch_size=64, epochs=3, lr=0.6, ema=0.99, temperature=0.1, demo=True)
 
 
 def settings(flags):

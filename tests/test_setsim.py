@@ -842,9 +842,7 @@ PRESETS = {  # literal copy of the two columns of the table of presets
     "official": SAME | dict(matcher="set2set", geometry=0.5),
 }
 SIMSIAM = dict(lr=0.1, symmetric=True)
-DEMO = dict(
-    data="scenes", arch="resnet18", size=136, batch_size=64, epochs=3, queue_size=512, ema=0.99, temperature=0.1
-)
+DEMO = dict(data="scenes", arch="resnet18", size=136, batch_size=64, epochs=3, ema=0.99, temperature=0.1)
 
 
 def settings(flags):
@@ -926,6 +924,8 @@ def test_presets_reach_the_matcher(preset, monkeypatch):
         ("", dict(matcher="set2set-nn", rule="0.7", geometry=None, official=False)),
         ("--matcher set2set --set 40% --geometry", dict(matcher="set2set", rule="40%", geometry=0.5, official=False)),
         ("--matcher geometry --geometry 0.7", dict(matcher="geometry", rule="0.7", geometry=0.7, official=False)),
+        ("--preset official --geometry 0", dict(matcher="set2set", rule="0.7", geometry=0.0, official=True)),
+        ("--preset official --matcher densecl", dict(matcher="densecl", rule="0.7", geometry=None, official=True)),
         ("--framework simsiam", dict(matcher="set2set-nn", rule="30%", geometry=None, official=False)),
         ("--preset official --set 0.6", dict(matcher="set2set", rule="0.6", geometry=0.5, official=True)),
     ],
@@ -980,9 +980,9 @@ def test_set_is_a_threshold_or_a_share(text):
         ("1.5", "1.5: must be between 0 and 1"),
         ("30", "30: must be between 0 and 1"),
         ("nan", "nan: must be between 0 and 1"),
-        ("abc", "'abc'"),
-        ("%", "'%'"),
-        ("30%%", "'30%%'"),
+        ("abc", "abc: give an attention such as 0.7, or a share such as 30%"),
+        ("%", "%: give an attention such as 0.7, or a share such as 30%"),
+        ("30%%", "30%%: give an attention such as 0.7, or a share such as 30%"),
     ],
 )
 def test_set_that_makes_no_sense(text, words, capsys):
@@ -997,7 +997,15 @@ def test_set_that_makes_no_sense(text, words, capsys):
         ("--data x --temperature 0", "argument --temperature: 0: must be at least 0.001"),
         ("--data x --loss-weight 1.1", "argument --loss-weight: 1.1: must be between 0 and 1"),
         ("--data x --ema -0.1", "argument --ema: -0.1: must be between 0 and 1"),
-        ("--data x --geometry 0", "argument --geometry: 0: must be at least 1e-06"),
+        ("--data x --geometry=-1", "argument --geometry: -1: must be at least 0"),
+        (
+            "--data x --geometry --matcher densecl",
+            "--geometry adds positives to set2set and set2set-nn, not to --matcher densecl",
+        ),
+        (
+            "--data x --geometry 0.7 --matcher sort",
+            "--geometry adds positives to set2set and set2set-nn, not to --matcher sort",
+        ),
         ("--data x --queue-size 0", "argument --queue-size: 0: must be at least 1"),
         ("--data x --lr nan", "argument --lr: nan: must be at least 0"),
         ("--data x --lr fast", "argument --lr: invalid float value: 'fast'"),

@@ -98,7 +98,7 @@ def test_queue_shrinks_to_the_data(tmp_path, capsys, monkeypatch):
     state = checkpoint(tmp_path / "a")
     assert state["model"]["set_queue.vectors"].shape == (24, 128) and state["settings"]["queue_size"] == 24
     train(*flags, "--queue-size", "100", "--output-dir", tmp_path / "b")
-    assert "warning: --queue-size 100 can hold several keys of one image" in capsys.readouterr().out
+    assert "warning: --queue-size 100 holds more than an epoch" in capsys.readouterr().out
     monkeypatch.setattr(common, "GROUP", 8)
     train(*flags, "--output-dir", tmp_path / "c")
     assert "warning: one group of images" in capsys.readouterr().out
