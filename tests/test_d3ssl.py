@@ -1308,6 +1308,9 @@ def test_bank_shrinks_to_the_data(capsys, monkeypatch, tmp_path):
         ("--queue-size 5000", 5000, "warning: --queue-size 5000 holds more than an epoch"),
         ("--queue-size 3072", 3072, ""),
         ("--framework soco", None, ""),
+        ("--demo", 512, ""),
+        ("--demo --queue-size 600", 600, ""),
+        ("--demo --framework soco", None, ""),
     ):
         sizes = []
         with pytest.raises(ZeroDivisionError):

@@ -81,7 +81,7 @@ def test_outputs(finished):
     assert state["script"] == "d3ssl" and state["model"]["bank.pointer"].item() == 8 * 8 * 4 % 24
     for title in ("start", "end"):
         assert (
-            f"{title} of training: " in text and "regions are found again in another view, on held-out scenes" in text
+            f"{title} of training: " in text and "regions are found again in another view, in held-out scenes" in text
         )
     backbone = torch.load(folder / "resnet18.pth")
     result = torchvision.models.resnet18().load_state_dict(backbone, strict=False)

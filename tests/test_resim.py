@@ -1340,9 +1340,9 @@ def refused(capsys, flags):
         ("--data x --window 0 24", "argument --window: 0: must be at least 1"),
         ("--data x --window 48 0", "argument --window: 0: must be at least 1"),
         ("--data x --window 48 2.5", "argument --window: invalid int value: '2.5'"),
-        ("--data x --size 48", "--size 48: a window of 48 pixels does not fit into the view"),
-        ("--data x --window 224 32", "--size 224: a window of 224 pixels does not fit into the view"),
-        ("--data x --window 16 16 --size 32", "--size 32: a window of 32 pixels does not fit into the view"),  # P3's
+        ("--data x --size 48", "--size 48: a window of 48 pixels must be smaller than the view"),
+        ("--data x --window 224 32", "--size 224: a window of 224 pixels must be smaller than the view"),
+        ("--data x --window 16 16 --size 32", "--size 32: a window of 32 pixels must be smaller than the view"),  # P3's
         ("--data x --preset official --levels c4", "--preset official is ReSim-FPN on MoCo-v2"),
         ("--data x --preset official --framework simsiam", "--preset official is ReSim-FPN on MoCo-v2"),
         *(

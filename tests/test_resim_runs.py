@@ -77,7 +77,7 @@ def test_outputs(finished):
     assert "chance" not in shown and "std" not in shown
     state = checkpoint(folder)
     assert state["script"] == "resim" and state["model"]["image_queue.pointer"].item() == 8 * 8 % 24
-    message = "cells of C4 have their best match within one cell of the true place, on held-out scenes (chance "
+    message = "cells of C4 have their best match within one cell of the true place, in held-out scenes (chance "
     for title, line in (("start", start), ("end", end)):
         hits, count = line["probe"]["hits"], line["probe"]["count"]
         assert f"{title} of training: {hits:.1%} of {count} {message}" in text
@@ -209,6 +209,21 @@ def test_settings_reach_views_and_optimiser(tmp_path, monkeypatch):
         )
         assert sum(p.numel() for group in optimiser.param_groups for p in group["params"]) == learnt
         assert all((group["weight_decay"], group["momentum"]) == (1e-4, 0.9) for group in optimiser.param_groups)
+
+
+@pytest.mark.parametrize(
+    "flags, given", [("", (None, 65536)), ("--demo", (None, 512)), ("--demo --queue-size 70", (70, 512))]
+)
+def test_queues_are_shorter_in_the_demo(flags, given, tmp_path, monkeypatch):
+    """A queue without --queue-size has at most 512 keys in the demo. What fit_queue returns is built and saved."""
+    asked = []
+    monkeypatch.setattr(Run, "fit_queue", lambda run, *a: asked.append(a) or 17)
+    monkeypatch.setattr(Run, "measure", lambda *_: None)
+    small = "--data scenes:8 --arch resnet18 --size 64 --batch-size 8 --workers 0 --steps 0 --window 16 16 --amp none"
+    train(*small.split(), *flags.split(), "--output-dir", tmp_path)
+    assert asked == [given]
+    state = checkpoint(tmp_path)
+    assert state["settings"]["queue_size"] == 17 and state["model"]["image_queue.vectors"].shape == (17, 128)
 
 
 def test_trains_with_the_cards_packages_alone(tmp_path):
