@@ -496,7 +496,7 @@ def test_lines_of_a_run_are_means_since_the_line_before(tmp_path, capsys):
     assert all(line["images_per_s"] > 0 and 0 <= line["data_share"] <= 1 and line["bad_images"] == 0 for line in lines)
     assert first == {"step": 0, "probe": {"hits": 0.5, "chance": 0.125, "count": 16}} and last == first | {"step": 8}
     text = capsys.readouterr().out
-    assert "start of training: 50.0% of 16 dots are found, on held-out scenes (chance 12.5%)" in text
+    assert "start of training: 50.0% of 16 dots are found, in held-out scenes (chance 12.5%)" in text
     assert "step 3/8 epoch 0.75 loss 10.000 " in text
     assert " std" not in text and " lr 0.2" not in text  # these are in the log alone
     assert "4 steps an epoch, 8 in all; batch 4 = 1 x 4 on " in text and "lr 0.00046875 = 0.03 x 4/256" in text

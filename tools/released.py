@@ -71,15 +71,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     found = weights.load_checkpoint_file(args.file)
     if isinstance(found, dict) and found.get("script") == "resim":
-        if found["settings"]["preset"] != "official":
+        if found.get("settings", {}).get("preset") != "official":
             raise UserError(f"{args.file}: not a run with --preset official, so the released code has no place for it")
         written = {"state_dict": to_released(found["model"])}
     else:
         state = found.get("state_dict", found) if isinstance(found, dict) else {}
         try:
-            written = detector_weights(state, args.arch)
+            written = detector_weights(state if isinstance(state, dict) else {}, args.arch)
         except KeyError as error:
-            raise UserError(f"{args.file}: {error.args[0]} is missing, so this is not a released checkpoint") from None
+            lacking = f"{args.file}: {error.args[0]} is missing"
+            raise UserError(f"{lacking}, so this is not a released checkpoint of --arch {args.arch}") from None
         except RuntimeError as error:
             raise UserError(f"{args.file}: check --arch ({' '.join(str(error).split())[:200]})") from None
     weights.save_atomically(written, args.out)
