@@ -52,7 +52,9 @@ DEMO = dict(data="scenes", arch="resnet18", size=136, batch_size=64, epochs=3, l
 PYRAMID = 256  # channels of P3..P5, as in the detectors that load them
 
 
-class Level(NamedTuple):  # a feature map on which regions are compared
+class Level(NamedTuple):
+    """A feature map on which regions are compared."""
+
     name: str  # c4 (output of a stage), or p4, p3 (after the top-down path)
     stage: int  # the stage it belongs to, counted from C2
     stride: int  # pixels of the view between two cells
@@ -62,10 +64,9 @@ class Level(NamedTuple):  # a feature map on which regions are compared
     gathered: bool  # negatives from all processes, or from the image's own group only (R10)
 
 
-LEVELS = {  # PAPER: section 3.4; ReSim-C4 compares on C4 alone (R18)
-    "c4": [Level("c4", stage=2, stride=16, window=48, step=32, kernel=3, gathered=True)],
-    "fpn": [Level("p4", 2, 16, 48, 32, 3, gathered=True), Level("p3", 1, 8, 32, 24, 3, gathered=False)],
-}
+# PAPER: section 3.4. ReSim-C4 compares on C4 alone (R18).
+LEVELS = {"c4": [Level("c4", stage=2, stride=16, window=48, step=32, kernel=3, gathered=True)],
+          "fpn": [Level("p4", 2, 16, 48, 32, 3, gathered=True), Level("p3", 1, 8, 32, 24, 3, gathered=False)]}  # fmt: skip
 
 
 def get_args(argv=None):
@@ -153,7 +154,9 @@ def map_boxes(boxes, crop_q, crop_k, size):
     return boxes * zoom.repeat(1, 2)[:, None] + shift.repeat(1, 2)[:, None]
 
 
-class Pairs(NamedTuple):  # corresponding regions of two views
+class Pairs(NamedTuple):
+    """Corresponding regions of two views."""
+
     boxes_q: torch.Tensor  # (B, A, 4)
     boxes_k: torch.Tensor  # (B, A, 4), zeros where not valid
     valid: torch.Tensor  # (B, A) bool
@@ -386,7 +389,6 @@ def region_contrastive_loss(q, k, valid, negatives, temperature, per_image=True)
 
     DEVIATION: R28. Eq. 2 is printed without its -log. Its two sums are one here, over the same negatives for all rows.
     None is masked, not even the neighbourhood at the place of the positive (R8).
-
     q, k: (B, A, D), regions and their counterparts. valid: (B, A) bool. negatives: (M, D), without gradient.
     """
     q, k = q[valid], k[valid]  # (R, D)
@@ -440,8 +442,7 @@ class ReSim(nn.Module):
             pairs = [x._replace(valid=x.valid & (x.valid.sum() > 1)) for x in pairs]  # batch norm needs two rows (R22)
             (image_q, levels_q), (image_k, levels_k) = network(view_q, view_k, pairs)
         # 3. compare the images, then the regions level by level; the losses of levels are added (R13)
-        image_loss, values = self.compare_images(image_q, image_k)
-        region_loss = 0
+        (image_loss, values), region_loss = self.compare_images(image_q, image_k), 0
         for level_loss, more in map(self.compare_regions, self.levels, pairs, levels_q, levels_k):
             region_loss, values = region_loss + level_loss, values | more
         # 4. the image keys of this step become negatives of later ones
@@ -467,8 +468,8 @@ class ReSim(nn.Module):
             (z_q, p_q), (z_k, p_k), values = query, key, {}  # (B, D)
             loss = (image_cosine_loss(p_q, z_k) + image_cosine_loss(p_k, z_q)) / 2
             unit = F.normalize(z_k, dim=1)
-        spread = unit.shape[1] ** -0.5  # of evenly drawn directions
-        return loss, values | dict(loss_image=loss, std_image=unit.std(0, correction=0).mean(), std_spread=spread)
+        std, spread = unit.std(0, correction=0).mean(), unit.shape[1] ** -0.5  # spread: std of evenly drawn directions
+        return loss, values | dict(loss_image=loss, std_image=std, std_spread=spread)
 
     def compare_regions(self, level, pairs, query, key):
         """The same for the regions of one level. MoCo's loss is the mean over groups of images."""

@@ -630,7 +630,11 @@ def test_the_contact_sheet_shows_images_and_boxes(tmp_path, capsys):
 
 def test_a_run_makes_the_boxes_of_its_scenes_once(tmp_path, monkeypatch, capsys):
     run_ = types.SimpleNamespace(
-        images=scenes(6), rank=0, stop=0, args=types.SimpleNamespace(workers=0), path=lambda name: str(tmp_path / name)
+        images=scenes(6),
+        rank=0,
+        signalled=0,
+        args=types.SimpleNamespace(workers=0),
+        path=lambda name: str(tmp_path / name),
     )
     searched = []
 

@@ -3,16 +3,14 @@
 import copy
 import itertools
 import math
-import runpy
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import ROOT, LargestTensor, command, coordinate_image, lifted
+from helpers import LargestTensor, coordinate_image, lifted
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -936,73 +934,11 @@ def test_numbers_to_compare_with_are_plain(flags, widths):
     assert all(values[name].ndim == 0 for name in values.keys() - plain.keys()) and loss.ndim == 0
 
 
-PROCESSES = """
-import sys
-sys.path.insert(0, {root!r})
-import torch
-import common, resim
-
-torch.set_num_threads(1)
-common.GROUP = 4
-torch.Tensor.float = torch.Tensor.double  # rounding would hide small differences
-normal = common.normalise
-common.normalise = lambda images: normal(images).double()
-number, size, device = common.start_processes()
-mine, found = slice(number * 8 // size, (number + 1) * 8 // size), []
-for case, flags in enumerate({cases!r}):
-    base = "--data x --arch resnet18 --size 64 --batch-size 8 --queue-size 20 --window 16 16 --ema 0.9"
-    method = resim.build(resim.get_args([*base.split(), *flags.split()]), device).double()
-    network = common.distributed(method.query, device)
-    optimizer = torch.optim.SGD(method.query.parameters(), 0.05)
-    losses, rng = [], torch.Generator().manual_seed(0)
-    for step in range(2):
-        views = torch.randint(0, 256, (2, 8, 3, 8, 8), generator=rng, dtype=torch.uint8)
-        views = views.repeat_interleave(8, 3).repeat_interleave(8, 4)
-        crops = torch.rand(2, 8, 4, generator=rng, dtype=torch.float64) * 40 + torch.tensor([0, 0, 80, 80])
-        loss, _ = method(network, *(x[mine] for x in (*views, *crops)), step)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(common.all_gather(loss.detach()[None]).mean())
-    gradients = {{name: p.grad for name, p in method.query.named_parameters()}}
-    found.append((torch.stack(losses), gradients, method.state_dict()))
-if size > 1:
-    if number == 0:
-        torch.save(found, {out!r})
-    torch.distributed.destroy_process_group()
-"""
-SHARED = {"": 2, "--levels c4": 1}  # number of heads with a norm
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A temporary folder that is removed afterwards, because checkpoints are large."""
     yield tmp_path
     shutil.rmtree(tmp_path)
-
-
-def test_one_process_equals_two_in_every_tensor(folder, monkeypatch):
-    """8 images in one process, or 4 in each of two, in groups of 4 (B15): losses, gradients, and all that is saved.
-
-    Saved are both networks, the queue, and the first process's running statistics, which follow its first group (B17).
-    """
-    worker = folder / "worker.py"
-    worker.write_text(PROCESSES.format(root=str(ROOT), out=str(folder / "two.pth"), cases=[*SHARED]))
-    done = subprocess.run(command(worker, processes=2), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    for place, name in ((torch.Tensor, "float"), (common, "normalise")):
-        monkeypatch.setattr(place, name, getattr(place, name))  # to be put back: the worker exchanges them
-    ones, twos = runpy.run_path(str(worker))["found"], torch.load(folder / "two.pth")
-    for (losses, gradients, state), two, heads in zip(ones, twos, SHARED.values(), strict=True):
-        torch.testing.assert_close(two[0], losses, rtol=1e-7, atol=0)
-        assert gradients.keys() == two[1].keys() and state.keys() == two[2].keys()
-        for name, x in (gradients | state).items():  # sums in another order
-            other = (two[1] | two[2])[name]
-            torch.testing.assert_close(other, x, rtol=1e-5, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
-        assert all(x.abs().max() > 0 for x in gradients.values()) and state["image_queue.pointer"] == 16
-        counts = [x.item() for name, x in state.items() if "num_batches_tracked" in name]
-        assert counts == [2] * 2 * (20 + heads)
-        assert all(x.abs().max() > 1e-3 for name, x in state.items() if "running_mean" in name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
