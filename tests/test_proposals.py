@@ -640,7 +640,7 @@ def test_a_run_makes_the_boxes_of_its_scenes_once(tmp_path, monkeypatch, capsys)
 
     def search_and_stop(image, strategy):
         searched.append(image)
-        run_.stop = int(len(searched) == 3)
+        run_.signalled = int(len(searched) == 3)
         return search(image, strategy)
 
     monkeypatch.setattr(proposals, "search", search_and_stop)
@@ -648,7 +648,7 @@ def test_a_run_makes_the_boxes_of_its_scenes_once(tmp_path, monkeypatch, capsys)
         attach(run_, None)
     assert not error.value.code and "stopped by a signal; the same command continues" in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["scenes-6-48-0.proposals.partial"] and len(searched) == 3
-    run_.stop = 0
+    run_.signalled = 0
     found = attach(run_, None)
     assert os.listdir(tmp_path) == ["scenes-6-48-0.proposals"] and len(searched) == 6
     (image, boxes), _ = found[4]
