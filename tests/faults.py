@@ -6,7 +6,7 @@
 Each row of FAULTS is one small wrong behaviour, and the quickest tests that catch it. Those rows whose description or file
 name contains all the WORDS are tried, two side by side: the fault is put into a temporary copy of the repository, only its
 tests run there, and one of them has to fail. --clean first demands that the tests pass without faults. The exit code is 0
-if every fault is caught. Needs fork, so not Windows; a fault takes a second or two, as torch is imported only once.
+if every fault is caught. Needs fork, so not Windows; most faults take a second or two, as torch is imported only once.
 """
 
 import argparse
@@ -572,8 +572,12 @@ FAULTS = [
     Fault("run: logged values are those of the last step, not means", "harness/run.py",
           "for step in self.values]).mean(0)", "for step in self.values])[-1]",
           "tests/test_harness.py::test_lines_of_a_run_are_means_since_the_line_before"),
+    Fault("run: a signal that comes while the processes agree is forgotten", "harness/run.py",
+          "self.stop, unreadable = agree(self.signalled, len(self.bad.new))",
+          "self.stop, unreadable, self.signalled = *agree(self.signalled, len(self.bad.new)), 0",
+          "tests/test_harness.py::test_a_signal_at_any_moment_is_kept_and_the_run_saved"),
     Fault("run: the queue is not shrunk to the data", "harness/run.py",
-          "return size or min(65536, fitting)", "return size or 65536",
+          "return size or min(most, fitting)", "return size or most",
           "tests/test_harness.py::test_a_queue_is_as_long_as_the_images_allow"),
     Fault("run: the bank is as long as if each image had one region", "harness/run.py",
           "* self.args.batch_size * keys\n", "* self.args.batch_size\n",
