@@ -429,7 +429,7 @@ class ReSim(nn.Module):
             self.image_queue = common.Queue(queue_size, 128, common.generator("image queue", seed))
 
     def forward(self, network, view_q, view_k, crop_q, crop_k, step):
-        """One iteration -> loss, {name: scalar tensor, or number to compare with}. step: key of random draws.
+        """One iteration -> loss, {name: scalar tensor, or number to compare with}. step: seeds the draws.
 
         network: self.query, or DistributedDataParallel of it. view_q, view_k: (B, 3, size, size) uint8. crops: (B, 4).
         """

@@ -75,7 +75,7 @@ def save_figure(figure, path, dpi):
 PANELS = {  # title of a panel: first words of the names of its values
     "losses": ("loss", "chance"),
     "std of unit embeddings (collapse: 0)": ("std", "spread"),
-    "shares": ("empty", "valid", "stuck"),
+    "shares of images or windows": ("empty", "valid", "stuck"),
     "counts": ("positives", "rows", "proposals"),
     "shift (pixels)": ("shift",),
     "learning rate": ("lr",),

@@ -8,9 +8,10 @@ SoCo (Wei et al., NeurIPS 2021). The command line is tools/proposals.py.
     proposals[7]                                    # (n, 4) int32: x0 y0 x1 y1 in image 7 of the sorted list
     proposals[proposals.index_of("000000000025.jpg")]
 
-Boxes are whole pixels of the image as `data.read_image` turns it (EXIF rotation applied), right and bottom edges
-exclusive, sorted, none twice. OpenCV lists the same boxes in another order at each call; sorted, two runs write the
-same bytes, whatever the number of workers (on the same kind of processor, with the same versions).
+Boxes are whole pixels of the image as `harness.images.read_image` turns it (EXIF rotation applied). Right and bottom
+edges are exclusive. Boxes are sorted, none twice. OpenCV lists the same boxes in another order at each call. Because
+they are sorted here, two searches write the same bytes, whatever the number of workers (on the same kind of processor,
+with the same versions).
 
 A box is kept if all three hold; where that leaves none, by the second rule alone; where that leaves none, by the first:
     1. side: w >= 32 and h >= 32 pixels

@@ -968,7 +968,7 @@ def test_curves_have_panels_by_the_names_of_the_values(tmp_path, monkeypatch):
         "std of unit embeddings (collapse: 0)": {"std_image", "std_spread"},
         "learning rate": {"lr"},
         "counts": {"rows", "positives_p4"},
-        "shares": {"empty"},
+        "shares of images or windows": {"empty"},
         "shift (pixels)": {"shift"},
     }
     curves = {name: curve for names in panels.values() for name, curve in names.items()}
@@ -977,7 +977,7 @@ def test_curves_have_panels_by_the_names_of_the_values(tmp_path, monkeypatch):
     panels = drawn_panels(tmp_path, [{"step": 1, "loss": 1, "stuck": 0, "valid_p3": 1, "note": "text"}], monkeypatch)
     assert {title: set(names) for title, names in panels.items()} == {
         "losses": {"loss"},
-        "shares": {"stuck", "valid_p3"},
+        "shares of images or windows": {"stuck", "valid_p3"},
     }
 
 
