@@ -81,7 +81,7 @@ def start_processes():
             raise UserError(f"process {local} of this machine has no GPU: start at most --nproc_per_node {gpus}")
         torch.cuda.set_device(local)
         torch.backends.cudnn.benchmark = True
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not dist.is_initialized():
         # Restarted workers find the old store. A prefix keeps them from reading the dead workers' addresses.
         store, number, size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

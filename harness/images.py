@@ -50,6 +50,20 @@ def read_image(path):
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
+def readable(read, index, count):
+    """read(index), or what the next index (modulo `count`) gives whose image can be read.
+
+    Returns:
+        (what `read` gave, indices passed over); (None, TRIES) if all of TRIES raised OSError.
+    """
+    for passed in range(TRIES):
+        try:
+            return read((index + passed) % count), passed
+        except OSError:
+            continue
+    return None, TRIES
+
+
 def list_images(root, flag="--data"):
     """Relative paths of all images below a folder, sorted; hidden files are passed over, links are followed once.
 
@@ -99,12 +113,8 @@ class ImageFolder:
         return len(self.paths)
 
     def __getitem__(self, index):
-        for passed in range(TRIES):
-            try:
-                return read_image(os.path.join(self.root, self.name((index + passed) % len(self)))), passed
-            except OSError:
-                continue
-        return Image.new("RGB", (8, 8)), TRIES
+        image, passed = readable(lambda i: read_image(os.path.join(self.root, self.name(i))), index, len(self))
+        return image or Image.new("RGB", (8, 8)), passed
 
     def name(self, index):
         return os.fsdecode(bytes(self.paths[index]))
@@ -180,11 +190,15 @@ class Batches(torch.utils.data.Sampler):
 
     Each epoch has its own permutation, which depends on (seed, epoch) alone. The last incomplete batch is dropped. The
     global batch is cut into consecutive shares, rank by rank: one process and several see the same images in order.
+
+    Args:
+        images: how many. kinds: (images,) bool tensor. A batch then holds images of one kind; one batch an epoch may mix
+        what is left of both.
     """
 
-    def __init__(self, images, batch_size, rank, processes, seed, start, stop):
+    def __init__(self, images, batch_size, rank, processes, seed, start, stop, kinds=None):
         self.images, self.batch_size, self.rank, self.processes = images, batch_size, rank, processes
-        self.seed, self.start, self.stop = seed, start, stop
+        self.seed, self.start, self.stop, self.kinds = seed, start, stop, kinds
 
     def __len__(self):
         return self.stop - self.start
@@ -195,10 +209,23 @@ class Batches(torch.utils.data.Sampler):
         for step in range(self.start, self.stop):
             epoch, batch = divmod(step, self.images // self.batch_size)
             if epoch != current:
-                order = torch.randperm(self.images, generator=common.generator("order", self.seed, epoch))
-                current = epoch
+                order, current = self.order(epoch), epoch
             first = batch * self.batch_size + self.rank * share
             yield [(epoch, index) for index in order[first : first + share].tolist()]
+
+    def order(self, epoch):
+        """(n,) int64: the images of an epoch, batch after batch."""
+        rng = common.generator("order", self.seed, epoch)
+        order = torch.randperm(self.images, generator=rng)
+        if self.kinds is None:
+            return order
+        batches, rest = [], []
+        for kind in (False, True):
+            own = order[self.kinds[order] == kind]
+            full = len(own) // self.batch_size * self.batch_size
+            batches, rest = [*batches, *own[:full].split(self.batch_size)], [*rest, own[full:]]
+        batches += [b for b in torch.cat(rest).split(self.batch_size) if len(b) == self.batch_size]
+        return torch.cat([batches[i] for i in torch.randperm(len(batches), generator=rng)])
 
 
 def detach_worker(_):

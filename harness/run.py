@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What surrounds a training loop: processes, images, output folder, checkpoints, log, signals.
+"""What surrounds a training loop: processes, output folder, checkpoints, log, signals.
 
     run = Run("setsim", args)                          join the processes, open --data, refuse what cannot work
     run.resume(method, optimizer, scaler, exports)     continue from OUTPUT_DIR/checkpoint.pth if it exists
@@ -7,10 +7,11 @@
         ...                                            forward, backward, optimizer step
         run.log(loss=loss, lr=lr, **values)            tensors are averaged over steps and processes
 
-A method is a module that is drawn and measured on fixed views before and after training. `draw(path, *batch)` writes
-the picture, `picture` names it; `measure(*batch)` returns sums: hits, chance, count; `measured` ends the sentence.
+A model with a method `measure` is drawn and measured on fixed views before and after training. `draw(path, *batch)`
+writes the picture, `picture` names it; `measure(*batch)` returns sums: hits, chance, count; `measured` ends the
+sentence. The transfer scripts and probes/linear.py bring their own data set, and evaluate after the loop.
 
-Attributes of a Run: rank, processes, device, images, epoch_steps, step (the one under way), epoch, total.
+Attributes of a Run: rank, processes, device, images, epoch_steps, step (the one under way), epoch, total, ended.
 """
 
 import contextlib
@@ -33,32 +34,42 @@ from common import UserError, print0
 from harness import images as data
 from harness import pictures, weights
 
-NO_INFLUENCE = "data proposals output_dir demo steps workers print_freq save_every".split()  # may change on a resume
+# These may differ when a run is continued.
+NO_INFLUENCE = "data proposals output_dir demo steps workers print_freq save_every".split()
+NO_INFLUENCE += "train_json val_json images masks trials eval_only predict".split()
 MEASURED, MEASURED_IN_DEMO, BATCH = 32, 256, 32  # images that are measured; images encoded at a time
 
 
 class Run:
-    """See above. `args` holds common.run_flags and `demo`."""
+    """See above.
 
-    def __init__(self, name, args):
-        self.name, self.args, self.step, self.values = name, args, 0, []
+    Args:
+        name: of the script. args: what common.run_flags declares, and `demo`; here too: batch_size, seed, steps, workers,
+        print_freq, save_every, output_dir, amp, lr. images: a data set for `steps` with name(index) and fingerprint();
+        default: the images of --data. total: steps in all; default: --epochs. least: images a process needs.
+        settings: more plain values that a continued run must share, such as the name of the test data.
+    """
+
+    def __init__(self, name, args, images=None, total=None, least=2, **settings):
+        self.name, self.args, self.step, self.values, self.kept, self.result = name, args, 0, [], {}, None
         self.rank, self.processes, self.device = common.start_processes()
         self.signalled, self.stop = 0, 0  # a signal came to this process; all processes have agreed to stop
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.remember_signal)
-        self.images = data.open_images(args.data, args.size, args.seed)
+        self.images = data.open_images(args.data, args.size, args.seed) if images is None else images
         self.share = args.batch_size // self.processes
         if args.batch_size % self.processes:
             raise UserError(f"--batch-size {args.batch_size} is not divisible by {self.processes} processes")
-        if self.share < 2:
+        if self.share < least:
             raise UserError(f"--batch-size {args.batch_size} leaves one image for each process: batch norm needs two")
         if len(self.images) < args.batch_size:
             raise UserError(
                 f"{len(self.images)} images are fewer than --batch-size {args.batch_size}: give a smaller one"
             )
         self.epoch_steps = len(self.images) // args.batch_size
-        self.total = args.epochs * self.epoch_steps
+        self.total = total or args.epochs * self.epoch_steps
         self.last = self.total if args.steps is None else min(self.total, args.steps)
+        self.settings = {name: value for name, value in vars(args).items() if name not in NO_INFLUENCE} | settings
         weights.make_output_dir(args.output_dir)
 
     def remember_signal(self, number, frame):
@@ -71,9 +82,19 @@ class Run:
         return self.step // self.epoch_steps
 
     @property
+    def ended(self):
+        """True after the last step of the schedule, without a signal that all have seen."""
+        return self.step >= self.total and not self.stop
+
+    @property
+    def continued(self):
+        """True if there is a checkpoint to continue from."""
+        return os.path.exists(self.path("checkpoint.pth"))
+
+    @property
     def init(self):
         """--init, or None if the run is continued."""
-        return None if os.path.exists(self.path("checkpoint.pth")) else self.args.init
+        return None if self.continued else self.args.init
 
     def path(self, name):
         return os.path.join(self.args.output_dir, name)
@@ -98,22 +119,23 @@ class Run:
 
     # checkpoints ------------------------------------------------------------------------------------------------------
 
-    def resume(self, method, optimizer, scaler, exports):
+    def resume(self, method, optimizer, scaler, exports, **kept):
         """Continue from the checkpoint in the output folder, if it exists. Its settings must be those of this run.
 
         Args:
             exports: {file name: module}, the weights that are saved beside the checkpoint for others to load.
+            kept: more values for the checkpoint; those of the checkpoint take their place in `self.kept`.
         """
-        self.method, self.optimizer, self.scaler, self.exports = method, optimizer, scaler, exports
+        self.method, self.optimizer, self.scaler, self.exports, self.kept = method, optimizer, scaler, exports, kept
         self.bad = data.BadImages(self.images)
-        self.settings = {name: value for name, value in vars(self.args).items() if name not in NO_INFLUENCE}
         self.settings |= {"files": self.images.fingerprint(), "processes": self.processes}
-        if os.path.exists(self.path("checkpoint.pth")):
+        if self.continued:
             state = weights.load_checkpoint(self.path("checkpoint.pth"), self.name, self.settings)
             method.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
             self.step, self.bad.found = state["step"], set(state["bad_images"])
+            self.kept = {name: state[name] for name in kept}
         seen = common.all_gather(torch.tensor([common.key_seed(self.settings["files"], self.step)]))
         if len(seen.unique()) > 1:
             raise UserError(
@@ -129,7 +151,8 @@ class Run:
             weights.save_weights(module, self.path(name))
         state = {"script": self.name, "settings": self.settings, "step": self.step, "model": self.method.state_dict()}
         state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        weights.save_atomically(state | {"bad_images": sorted(self.bad.found)}, self.path("checkpoint.pth"))
+        state |= {"bad_images": sorted(self.bad.found), **self.kept}
+        weights.save_atomically(state, self.path("checkpoint.pth"))
 
     # steps ------------------------------------------------------------------------------------------------------------
 
@@ -137,14 +160,16 @@ class Run:
         """Yield the batches of all steps that are left. Between them: log, save, and stop at a signal.
 
         Args:
-            views: function from an item of the images to tensors. It may draw from torch's global generator.
-            plain_views: the same for `method.measure`; default `views`.
+            views: function from an item of the images to tensors, which may draw from torch's global generator; or a
+            data set, see `loader`. plain_views: the same for `method.measure`; default `views`.
         """
+        measure = self.measure if hasattr(self.method, "measure") else lambda *_: None
         if not self.open_log():
             return
         if self.step == 0:
-            self.measure("start", views, plain_views or views)
-        first, loader = self.step, self.loader(views)
+            measure("start", views, plain_views or views)
+        dataset = data.Views(self.images, views, self.args.seed) if callable(views) else views
+        first, loader = self.step, self.loader(dataset, self.step, self.last)
         with self.progress() as bar:
             self.started, self.waited, batches = time.time(), 0.0, iter(loader)
             (self.stop,) = agree(self.signalled)
@@ -152,30 +177,40 @@ class Run:
                 asked = time.time()
                 *batch, index, passed = next(batches)
                 self.waited += time.time() - asked
-                yield [x.to(self.device, non_blocking=True) for x in batch]
+                yield [x.to(self.device, non_blocking=True) if torch.is_tensor(x) else x for x in batch]
                 self.step += 1
                 self.end_step(index, passed, bar)
         if self.step == first:
             self.save()  # no step was taken
         if self.stop:
             print0(f"stopped by a signal and saved at step {self.step}; the same command continues")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: sys.exit())  # all is saved; the same command does the rest again
         if self.rank == 0:
             pictures.draw_curves(self.args.output_dir)  # first: a run with a last measurement counts as finished
         if self.step >= self.last:
-            self.measure("end", views, plain_views or views)
+            measure("end", views, plain_views or views)
         if self.rank == 0:
             print0(f"{self.args.output_dir}: {', '.join(sorted(os.listdir(self.args.output_dir)))}")
 
-    def loader(self, views):
+    def loader(self, dataset, start, stop):
+        """Batches of the steps from `start` to `stop`.
+
+        Args:
+            dataset: dataset[epoch, index] -> *tensors, index, unreadable images passed over. It may have `kinds`, see
+            images.Batches, and `collate`, a function from the items of a batch to what `steps` yields.
+        """
         return torch.utils.data.DataLoader(
-            data.Views(self.images, views, self.args.seed),
+            dataset,
             batch_sampler=data.Batches(
-                len(self.images), self.args.batch_size, self.rank, self.processes, self.args.seed, self.step, self.last
+                len(self.images), self.args.batch_size, self.rank, self.processes, self.args.seed, start, stop,
+                getattr(dataset, "kinds", None),
             ),
+            collate_fn=getattr(dataset, "collate", None),
             num_workers=self.args.workers,
             worker_init_fn=data.detach_worker,
             pin_memory=self.device.type == "cuda",
-        )
+        )  # fmt: skip
 
     def end_step(self, index, passed, bar):
         """What follows a step: agree with the other processes, log, save."""
@@ -234,20 +269,21 @@ class Run:
     def open_log(self):
         """Start log.jsonl, or drop what follows the checkpoint's step from it. False if the run is finished."""
         lines = [x for x in pictures.read_log(self.path("log.jsonl")) if self.step and x.get("step", 0) <= self.step]
-        if self.step >= self.last and any("probe" in line and line["step"] == self.step for line in lines):
+        last = [line for line in lines if line.get("step") == self.step and ("probe" in line or "result" in line)]
+        if self.step >= self.last and last:
+            self.result = last[-1].get("result")
             where = f"at step {self.step} of {self.last}; give another --output-dir for a new run"
             print0(f"{self.args.output_dir}: finished, {where}")
             return False
         lines = lines or [{"command": command(), "versions": versions(), "settings": self.settings}]
         if self.rank == 0:
             weights.write_atomically(self.path("log.jsonl"), [json.dumps(line).encode() + b"\n" for line in lines])
-        lr, batch = self.args.lr, self.args.batch_size
         if self.step:
             print0(f"continued from step {self.step}")
         print0(
             f"{self.name}: {self.settings['files']}; {self.epoch_steps} steps an epoch, {self.last} in all; "
-            f"batch {batch} = {self.processes} x {self.share} on {self.device.type}; "
-            f"lr {lr * batch / 256:g} = {lr:g} x {batch}/256; amp {self.args.amp}"
+            f"batch {self.args.batch_size} = {self.processes} x {self.share} on {self.device.type}; "
+            f"lr {self.optimizer.defaults['lr']:g} (--lr {self.args.lr:g} scaled to this batch); amp {self.args.amp}"
         )
         return True
 
