@@ -122,7 +122,7 @@ def get_args(argv=None):
     flag("--data", metavar="DIR", help="the data set in its usual layout (voc: with VOC2007 in it; coco: with annotations; cityscapes: with gtFine); 'scenes[:COUNT]'")
     flag("--train-json", metavar="FILE", help="custom: annotations to train on, COCO format; boxes, and masks and keypoints if it has them")
     flag("--val-json", metavar="FILE", help="custom: annotations to evaluate on")
-    flag("--images", metavar="DIR", help="custom: the folder that file names of both files start from")
+    flag("--images", metavar="DIR", help="custom: the folder that the file names of both files start from, or its train/ and val/")
     flag("--fpn-weights", metavar="FILE", help="pre-trained pyramid besides: fpn.pth of resim.py, a released ReSim-FPN or SoCo checkpoint (ReSim's FPN^T)")
     flag("--model", choices=("fpn", "c4"), help="pyramid, or single map with res5 in the RoI head; default: the task's")
     flag("--heads", default="plain", choices=("plain", "4conv1fc"), help="of FPN models: MoCo's, ReSim's and by its numbers SetSim's (protocol A), or DenseCL's and PixPro's, with batch norm (protocol B); never to be mixed")
@@ -298,7 +298,8 @@ def open_data(args, split, categories=None):
     if args.task == "scenes":
         return SceneData(*finetune.scene_range(args.data, split))
     if args.task == "custom":
-        return read_coco(args.train_json if split == "train" else args.val_json, args.images, categories)
+        path = args.train_json if split == "train" else args.val_json
+        return read_coco(path, args.images, categories, split)
     if not os.path.isdir(args.data):
         raise UserError(f"--data {args.data}: no such folder; it must be {HELP[args.task]}")
     if args.task in ("voc", "voc07"):

@@ -160,8 +160,12 @@ class CocoData:
         return f"{len(self)} images, sha256 {self.digest[:16]}"
 
 
-def read_coco(path, folder, categories=None):
-    """COCO's annotation file. Errors: UserError, no such file or folder, or no JSON."""
+def read_coco(path, folder, categories=None, split=None):
+    """COCO's annotation file. `split`: a subfolder to look in, if the first image is not in the folder itself.
+
+    Errors:
+        UserError: no such file or folder, no JSON, or see CocoData.
+    """
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder of images")
     try:
@@ -169,4 +173,7 @@ def read_coco(path, folder, categories=None):
             content = json.load(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a JSON file that can be read ({error})") from None
+    with contextlib.suppress(KeyError, IndexError, TypeError):
+        if split and not os.path.exists(os.path.join(folder, content["images"][0]["file_name"])):
+            folder = os.path.join(folder, split) if os.path.isdir(os.path.join(folder, split)) else folder
     return CocoData(content, folder, path, categories)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Files of weights: written whole or not at all, loaded safely, and the ResNet found in anybody's checkpoint."""
+"""Files of weights: written whole or not at all, loaded safely; the ResNet and the FPN in anybody's checkpoint."""
 
 import argparse
 import contextlib
@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import pathlib
+import re
 import urllib.error
 
 import numpy as np
@@ -205,3 +206,57 @@ def load_into(trunk, source, arch):
     state, line = load_backbone(source, arch)
     trunk.load_state_dict(state)
     print0(line)
+
+
+# What files call laterals and outputs: torchvision's name, and the number of C2. torchvision and resim.py; ReSim; SoCo.
+FPN_PARTS = {
+    "inner_blocks.": ("inner_blocks", 0), "layer_blocks.": ("layer_blocks", 0),
+    "fpn_lateral": ("inner_blocks", 2), "fpn_output": ("layer_blocks", 2),
+    "neck.lateral_convs.": ("inner_blocks", 0), "neck.fpn_convs.": ("layer_blocks", 0),
+}  # fmt: skip
+FPN_NAME = re.compile(rf"({'|'.join(map(re.escape, FPN_PARTS))})(\d)\.(?:([01]|conv|bn)\.)?(\w+)$")
+
+
+def fpn_tensors(source, wanted):
+    """The convolutions and norms of the FPN in a checkpoint, under torchvision's names: inner_blocks.0.0.weight, ...
+
+    Understood are files of resim.py and torchvision's detectors, released ReSim-FPN and SoCo checkpoints. Of two
+    networks, the query one is taken.
+
+    Args:
+        wanted: {name: tensor of its shape}, what has a place.
+    Returns:
+        (those with a place, {} if there is no FPN; sorted names of the others)
+    Errors:
+        UserError: not a checkpoint, laterals of C3 to C5 missing, another shape, not finite.
+    """
+    state, found = load_checkpoint_file(source), {}
+    for container in ("state_dict", "model", "model_ema"):
+        state = state.get(container, state) if isinstance(state, dict) else {}
+    for name, tensor in state.items() if isinstance(state, dict) else ():
+        match = FPN_NAME.search(str(name))
+        if match and torch.is_tensor(tensor) and not {"encoder_k", "key"} & {*name.split(".")}:
+            part, first = FPN_PARTS[match[1]]
+            found[f"{part}.{int(match[2]) - first}.{int(match[3] in ('1', 'bn'))}.{match[4]}"] = tensor
+    taken = {name: tensor for name, tensor in found.items() if name in wanted}
+    absent = [name for name in (f"inner_blocks.{level}.0.weight" for level in (1, 2, 3)) if name not in taken]
+    if taken and absent:
+        raise UserError(f"{source}: not a whole pyramid, {', '.join(absent)} (laterals of C3 to C5) are missing")
+    for name, tensor in taken.items():
+        if tensor.shape != wanted[name].shape:
+            shapes = f"{tuple(tensor.shape)}, wanted {tuple(wanted[name].shape)}"
+            raise UserError(f"{source}: {name} is {shapes}: check --arch and the file of the pyramid")
+        if not tensor.isfinite().all():
+            raise UserError(f"{source}: {name} is not finite")
+    return taken, sorted(found.keys() - taken.keys())
+
+
+def load_fpn(fpn, source):
+    """Copy the FPN of a checkpoint into torchvision's, in place. Returns the line that says what was taken, and what
+    had no place: biases, where norms follow. Errors: UserError, no FPN in the file; see fpn_tensors."""
+    taken, homeless = fpn_tensors(source, fpn.state_dict())
+    if not taken:
+        raise UserError(f"{source}: there is no pyramid in it (inner_blocks, fpn_lateral or neck.lateral_convs)")
+    fpn.load_state_dict(taken, strict=False)
+    line = f"pyramid: {', '.join(sorted(taken))} from {source}"
+    return line + (f"; no place in the detector (norms have its biases) for {', '.join(homeless)}" if homeless else "")

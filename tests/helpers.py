@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision import transforms
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = "--data scenes:32 --arch resnet18 --size 64 --batch-size 8 --queue-size 24 --workers 0".split()
@@ -131,6 +132,36 @@ def coordinate_image(width=256, height=200):
     return Image.fromarray((np.stack([x, y, 0 * x], 2) * 256).astype(np.uint8))
 
 
+def block_views(count, seed=0):
+    """(2, count, 3, 64, 64) uint8 of random blocks, 16 pixels a side."""
+    rng = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (2, count, 3, 4, 4), generator=rng, dtype=torch.uint8)
+    return blocks.repeat_interleave(16, 3).repeat_interleave(16, 4)
+
+
+def record_operations(monkeypatch, *others):
+    """A list of the colour operations as they happen, and of `others` in TF. All of them leave images as they are."""
+    seen = []
+
+    def note(name):
+        return lambda image, *_: seen.append(name) or image
+
+    for name in ("rgb_to_grayscale", *others):
+        monkeypatch.setattr(transforms.functional, name, note(name))
+    monkeypatch.setattr(transforms, "ColorJitter", lambda *strength: note(f"jitter {strength}"))
+    monkeypatch.setattr(Image.Image, "filter", lambda image, blur: note(f"blur {0.1 <= blur.radius <= 2}")(image))
+    return seen
+
+
+def refused(capsys, get_args, flags):
+    """The one line with which a command line is refused, after "error: "."""
+    with pytest.raises(SystemExit) as error:
+        get_args(flags.split())
+    usage, message = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2 and usage.startswith("usage: ")
+    return message.split(": error: ")[1]
+
+
 def lifted(script, *names):
     """Execute some top-level definitions of a script on their own, with only libraries in scope. Returns them in order.
 
@@ -139,7 +170,6 @@ def lifted(script, *names):
     import scipy.optimize
     import torch.nn.functional as F
     import torchvision
-    import torchvision.transforms as transforms
     from PIL import ImageFilter
 
     scope = {
