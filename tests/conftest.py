@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# ruff: noqa: E402
 """What tests share: one thread a process, a data set for all scripts, fast runs, and the order of the files."""
 
 import json
@@ -44,7 +45,7 @@ def photos(tmp_path_factory):
     images/{train,val}/{a,b}/NNNN.png, grey, palette, alpha and EXIF-turned ones among them; masks/ with the same names;
     train.json, val.json: COCO's format, boxes and polygons; boxes: proposals of the images to train on.
     """
-    import tools.proposals
+    from harness import images, proposals
 
     root, rng, turned = tmp_path_factory.mktemp("photos"), np.random.default_rng(0), Image.Exif()
     turned[0x0112] = 8
@@ -69,5 +70,5 @@ def photos(tmp_path_factory):
             row = {"id": i, "image_id": i, "category_id": 3 + 4 * (i % 2), "iscrowd": 0, "segmentation": [polygon]}
             told["annotations"].append(row | {"bbox": [x, y, 40, 32], "area": 40 * 32})
         (root / f"{split}.json").write_text(json.dumps(told))
-    tools.proposals.main(["--data", str(root / "images"), "--out", str(root / "boxes"), "--workers", "0"])
+    proposals.make(images.open_images(str(root / "images"), 0, 0), str(root / "boxes"))
     return root

@@ -3,7 +3,6 @@
 
 import itertools
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,13 +12,11 @@ import torch.nn.functional as F
 import torchvision
 from helpers import coordinate_image, keep_signals, record_operations, refused, write_images  # noqa: F401
 from PIL import Image
-from torch import nn
 
 import common
 import d3ssl
 from d3ssl import Drawn
 from harness import images, look, proposals
-from harness.scenes import make_scene
 
 SIZE = 64
 AUGMENT = ("prc", "prm", "rbj")  # the paper's
@@ -264,14 +261,12 @@ def test_soco_cutout_is_a_square_in_every_second_box():
 
 
 def test_shift_range_by_trying_all_shifts():
-    for seed in range(8):
-        boxes = some_boxes(3, 64, seed, least=6)
+    full = torch.tensor([[0.0, 5, 30, 40], [20, 0, 64, 64]])  # these cannot move
+    for boxes in (full, *(some_boxes(3, 64, seed, least=6) for seed in range(8))):
         least, most = d3ssl.shift_range(boxes, 64)
         for axis, ends in enumerate((boxes[:, ::2], boxes[:, 1::2])):
             fits = [t for t in range(-64, 65) if (ends + t).min() >= 0 and (ends + t).max() <= 64]
             assert (least[axis], most[axis]) == (fits[0], fits[-1]) and 0 in fits
-    least, most = d3ssl.shift_range(torch.tensor([[[0.0, 5, 30, 40], [20, 0, 64, 64]]]), 64)
-    assert least.tolist() == most.tolist() == [[0, 0]]  # boxes that fill the view cannot move
 
 
 def test_shifts_are_drawn_evenly_over_their_range():
@@ -284,18 +279,16 @@ def test_shifts_are_drawn_evenly_over_their_range():
 
 
 def test_mask_of_x3_is_the_moved_foreground_cut_once_more(monkeypatch):
-    """Eqs. 6 and 7, whatever --augment says."""
-    batches = [batch_of(3, augment=names) for names in (AUGMENT, ("soco-cutout", "rbj"), ("rbj",))]
+    """Eqs. 6 and 7."""
+    drawn = batch_of(4)
     monkeypatch.setattr(d3ssl, "proposal_cutout", lambda view, boxes: view)
-    whole = batch_of(3, augment=["rbj"])
-    for b, (dx, dy) in enumerate(whole.shift.tolist()):
+    whole = batch_of(4).mask_3
+    for b, (dx, dy) in enumerate(drawn.shift.tolist()):
         moved = torch.zeros(SIZE, SIZE, dtype=torch.bool)
-        for i, j in mask_by_centres(whole.boxes_2[b], SIZE, SIZE).nonzero().tolist():
+        for i, j in mask_by_centres(drawn.boxes_2[b], SIZE, SIZE).nonzero().tolist():
             moved[i + dy, j + dx] = True  # Eq. 6's mask, pixel by pixel to its new place
-        assert torch.equal(whole.mask_3[b], moved)
-        for drawn in batches:
-            assert torch.equal(drawn.shift, whole.shift) and not (drawn.mask_3[b] & ~moved).any()
-            assert 0.15 < 1 - drawn.mask_3[b].sum() / moved.sum() < 0.55
+        assert torch.equal(whole[b], moved) and not (drawn.mask_3[b] & ~moved).any()
+        assert 0.15 < 1 - drawn.mask_3[b].sum() / moved.sum() < 0.55
 
 
 def test_composition_moves_pixels_by_exactly_t():
@@ -332,8 +325,8 @@ def test_ablation_flags_change_what_they_name_and_nothing_else(augment):
     different = {name for name in Drawn._fields if not torch.equal(getattr(before, name), getattr(after, name))}
     assert different == CHANGES[augment]
     for view in (1, 2):
-        (was, keep), (boxes, old) = ([getattr(x, f"{name}_{view}") for x in pair]
-                                     for name, pair in (("keep", (before, after)), ("boxes", (after, plain))))  # fmt: skip
+        was, keep = (getattr(x, f"keep_{view}") for x in (before, after))
+        boxes, old = (getattr(x, f"boxes_{view}") for x in (after, plain))
         growth = (boxes[..., 2:] - boxes[..., :2]) / (old[..., 2:] - old[..., :2])
         assert (growth.max() > 1.01) == ("soco-jitter" in augment) and boxes.min() >= 0 and boxes.max() <= SIZE
         assert (growth == 1).all(2).any() == ("rbj" not in augment)
@@ -376,10 +369,10 @@ def test_cells_of_a_region_follow_the_view(monkeypatch):
 def test_the_region_of_a_whole_view_is_torchvisions_resnet(size):
     """Eq. 1 with b = the view: RoIAlign then reads each cell of C4 at its centre, and nothing is left of it."""
     encoder, resnet = d3ssl.Encoder("resnet18").eval(), torchvision.models.resnet18().eval()
-    for norm in (m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)):
+    for norm in (m for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         norm.running_mean.uniform_(-0.1, 0.1)
     resnet.load_state_dict(encoder.trunk.state_dict(), strict=False)
-    resnet.fc = nn.Identity()
+    resnet.fc = torch.nn.Identity()
     x, box = torch.randn(2, 3, size, size), torch.tensor([[[0.0, 0, size, size]]] * 2)
     features = lambda x, boxes: encoder.encode(x, boxes)[0]  # noqa: E731
     torch.testing.assert_close(features(x, box)[:, 0], resnet(x), rtol=1e-3, atol=1e-4)
@@ -399,14 +392,11 @@ def test_heads_and_first_weights(tmp_path):
     torch.save(weights, tmp_path / "resnet18.pth")
     soco, normed = build("--framework", "soco"), build("--mlp-norm")
     plain = build(init=str(tmp_path / "resnet18.pth"))
-    for mlp, widths, norm in (
-        (plain.query.projector, (512, 512, 128), []),
-        (normed.key.projector, (512, 512, 128), ["BatchNorm1d"]),
-        (soco.key.projector, (512, 4096, 256), ["BatchNorm1d"]),
-        (soco.query.predictor, (256, 4096, 256), ["BatchNorm1d"]),
-    ):
-        assert [type(m).__name__ for m in mlp] == ["Linear", *norm, "ReLU", "Linear"]
-        assert (mlp[0].in_features, mlp[0].out_features, mlp[-1].out_features) == widths
+    widths = lambda m: [getattr(x, "out_features", type(x).__name__) for x in m]  # noqa: E731
+    assert widths(plain.query.projector) == [512, "ReLU", 128]
+    assert widths(normed.key.projector) == [512, "BatchNorm1d", "ReLU", 128]
+    for mlp, inputs in ((soco.query.projector, 512), (soco.query.predictor, 256), (soco.key.projector, 512)):
+        assert (mlp[0].in_features, *widths(mlp)) == (inputs, 4096, "BatchNorm1d", "ReLU", 256)
     assert [m.query.trunk.layer1[0].bn2.weight.unique().tolist() for m in (soco, normed)] == [[0], [1]]
     for encoder in (plain.query, plain.key):
         assert all(torch.equal(tensor, weights[name]) for name, tensor in encoder.trunk.state_dict().items())
@@ -444,10 +434,9 @@ def test_iteration_by_hand(flags, m, terms, D, monkeypatch):
     """Eqs. 2 to 10: who sees what, the teacher's step, the loss, the bank. One image has no proposals."""
     method, drawn = build(*flags.split()), batch_of(6, bare=1)
     before, bank = make_teacher_differ(method), method.bank.vectors.clone() if terms else None
-    students, teachers = [], []  # what a network is given at each call
-    for network, calls in ((method.query, students), (method.key, teachers)):
-        monkeypatch.setattr(network, "forward", lambda *a, f=network.forward, calls=calls: calls.append(a) or f(*a))
-    loss, values = method(method.query, drawn, 2)
+    students, teachers, forward = [], [], method.key.forward
+    monkeypatch.setattr(method.key, "forward", lambda *views: teachers.append(views) or forward(*views))
+    loss, values = method(lambda *views: students.append(views) or method.query(*views), drawn, 2)
 
     x1, x2 = ((v / 255 - MEAN) / STD for v in (drawn.view_1, drawn.view_2))
     hat_1, small = torch.where(drawn.keep_1[:, None], x1, 0), x2.view(6, 3, 32, 2, 32, 2).mean((3, 5))
@@ -465,25 +454,26 @@ def test_iteration_by_hand(flags, m, terms, D, monkeypatch):
     assert {name.split(".")[0] for name in student.keys() - before.keys()} == (set() if terms else {"predictor"})  # D39
     with torch.no_grad():
         z_s, (t1, t2) = [z for _, z in method.query(*students[0])], [z for _, z in method.key(*taught)]
-    unit = partial(F.normalize, dim=2)
+
+    def unit(z):
+        return F.normalize(z, dim=2).flatten(0, 1)
 
     def compare(z, positive):
         if not terms:
             return -2 * F.cosine_similarity(z, positive, dim=2).mean()
-        z, positive = unit(z).flatten(0, 1), unit(positive).flatten(0, 1)
-        logits = torch.cat([(z * positive).sum(1, keepdim=True), z @ bank.T], 1) / 0.2
+        logits = torch.cat([(unit(z) * unit(positive)).sum(1, keepdim=True), unit(z) @ bank.T], 1) / 0.2
         return F.cross_entropy(logits, torch.zeros(24, dtype=torch.int64))
 
     dc = compare(z_s[0], t2) + compare(z_s[1], t1)
     dp = compare(z_s[2], t2) + compare(z_s[2], t1) if terms == 4 else torch.zeros(())
     assert [values["loss_dc"].item(), loss.item()] == pytest.approx([dc.item(), (dc + dp).item()], rel=1e-3)
     assert ("loss_dp" in values) == (terms == 4) and values["empty"].item() == pytest.approx(1 / 6)
-    assert values["std"].item() == pytest.approx(unit(t1).flatten(0, 1).std(0, correction=0).mean().item(), rel=1e-3)
+    assert values["std"].item() == pytest.approx(unit(t1).std(0, correction=0).mean().item(), rel=1e-3)
     plain = {name: x for name, x in values.items() if not torch.is_tensor(x)}  # a log takes them as they are
     assert plain == pytest.approx({"std_spread": D**-0.5} | ({"loss_chance": terms * math.log(21)} if terms else {}))
     assert {type(x) for x in plain.values()} == {float} and {values[x].ndim for x in values.keys() - plain} == {0}
     if terms:  # 24 regions into a bank of 20: the last 20, oldest overwritten first
-        stored = torch.cat([unit(t1).flatten(0, 1)[20:], unit(t1).flatten(0, 1)[4:20]])
+        stored = torch.cat([unit(t1)[20:], unit(t1)[4:20]])
         torch.testing.assert_close(method.bank.vectors, stored, rtol=1e-3, atol=1e-4)
     loss.backward()
     assert all(p.grad is None for p in method.key.parameters())
@@ -527,18 +517,14 @@ def test_losses_and_bank_stay_in_fp32_under_amp(framework, name, monkeypatch):
     method, seen, outputs, loss = build("--amp", "bf16", "--framework", framework), set(), set(), getattr(d3ssl, name)
 
     def watch(*args, **more):
-        tensors = [x for x in (*args, *more.values()) if torch.is_tensor(x)]
-        seen.update((x.dtype, torch.is_autocast_enabled("cpu")) for x in tensors)
+        seen.update((x.dtype, torch.is_autocast_enabled("cpu")) for x in (*args, more.get("bank", args[0])))
         return loss(*args, **more)
 
     monkeypatch.setattr(d3ssl, name, watch)
     for network in (method.query, method.key):
         network.projector.register_forward_hook(lambda m, i, out: outputs.add(out.dtype))
-    total, _ = method(method.query, batch_of(6), 0)
-    assert seen == {(torch.float32, False)} and total.dtype == torch.float32 and outputs == {torch.bfloat16}
-
-
-# ---- measure and picture
+    assert method(method.query, batch_of(6), 0)[0].dtype == torch.float32
+    assert seen == {(torch.float32, False)} and outputs == {torch.bfloat16}
 
 
 def test_measure_compares_the_student_in_x1_with_the_teacher_in_x2(monkeypatch):
@@ -618,14 +604,13 @@ def test_boxes_belong_to_the_image_that_is_read(tmp_path, monkeypatch):
     assert data.images.fingerprint() in data.fingerprint() and "5 boxes" in data.fingerprint()
     data = proposals.WithProposals(images.Scenes(7, 48, 3), SimpleNamespace(check=lambda images: None))
     image, boxes = data.probe(2)
-    scene = make_scene(3, 9, 48)  # beyond the seven that are trained on
+    scene = images.Scenes(7, 48, 3).scene(9)  # beyond the seven that are trained on
     assert np.array_equal(np.asarray(image), scene["image"]) and boxes.tolist() == scene["boxes"].tolist()
 
 
 DEFAULTS = dict(
     framework="moco", augment=["prc", "prm", "rbj"], depositioning=True, temperature=0.2, queue_size=None, ema=0.999,
-    mlp_norm=False, arch="resnet50", size=224, epochs=800, batch_size=256, lr=0.3, amp="none", seed=0, init=None,
-    steps=None, demo=False,
+    mlp_norm=False, arch="resnet50", size=224, epochs=800, batch_size=256, lr=0.3, amp="none", demo=False,
 )  # fmt: skip
 SOCO = dict(framework="soco", augment=["soco-cutout"], depositioning=False, ema=0.99, mlp_norm=True)
 DEMO = dict(demo=True, arch="resnet18", size=136, batch_size=64, epochs=2, lr=0.15, ema=0.9, temperature=0.1)
@@ -668,14 +653,12 @@ def test_settings_that_make_no_sense(flags, capsys):
     assert refused(capsys, d3ssl.get_args, flags).startswith(REFUSED[flags])
 
 
-@pytest.mark.parametrize(
-    "flags, size", [("", 3072), ("--queue-size 5000", 5000), ("--framework soco", None), ("--demo", 512)]
-)
-def test_bank_shrinks_to_the_data(flags, size, monkeypatch, tmp_path):
+def test_bank_shrinks_to_the_data(monkeypatch, tmp_path):
     """It holds four keys of an image, of three of four steps here. SoCo has none."""
     sizes = []
     monkeypatch.setattr(d3ssl.proposals, "attach", lambda run, path: run.images)
     monkeypatch.setattr(d3ssl, "build", lambda args, *_: sizes.append(args.queue_size) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        d3ssl.train([*f"--data scenes:{1024 + 5} {flags} --output-dir".split(), str(tmp_path)])
-    assert sizes == [size]
+    for flags in ("", "--queue-size 9", "--framework soco", "--demo"):
+        with pytest.raises(ZeroDivisionError):
+            d3ssl.train([*f"--data scenes:{1024 + 5} {flags} --output-dir".split(), str(tmp_path)])
+    assert sizes == [3072, 9, None, 512]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import checkpoint, log_lines, run
 
-from harness.scenes import write_coco
+from tools.scenes import write_coco
 
 TINY = "--arch resnet18 --workers 0 --batch-size 4".split()
 DETECTOR = "--short-sides 64 --test-side 64 --precise-bn 1 --iterations 1".split()
@@ -20,7 +20,7 @@ def results(folder):
 
 @pytest.mark.slow
 def test_from_a_folder_of_images_to_predictions(tmp_path):
-    write_coco(tmp_path / "data", 0, 32, 64, 64)
+    write_coco(tmp_path / "data", 0, 32, 64)
     photos, labels = tmp_path / "data" / "images", tmp_path / "boxes.json"
     told = json.loads((tmp_path / "data" / "annotations.json").read_text())
     for row in told["annotations"]:  # boxes alone: heads for masks and keypoints take minutes on a CPU

@@ -1,4 +1,5 @@
-"""transfer_det.py, piece by piece: against torchvision's operators, slow loops and hand calculations."""
+# SPDX-License-Identifier: MIT
+"""transfer_det.py, harness/coco.py and harness/metrics.py: against torchvision's operators, slow loops, hand calculations."""
 
 import json
 import math
@@ -15,44 +16,39 @@ from torchvision.models.detection import roi_heads as stock
 from torchvision.models.detection.image_list import ImageList
 
 import common
-import harness.legacy
 import transfer_det as det
+from harness import coco, metrics
 
-WORLD = harness.legacy.World(0, 1, 0, torch.device("cpu"))
+CPU = torch.device("cpu")
 
 
 def settings(*flags):
-    return det.get_args([*map(str, flags), *"--workers 0 --output-dir unused".split()])
-
-
-def both(args):
-    train = det.open_data(args, "train")
-    return train, det.open_data(args, "val", train.categories)
+    return det.get_args([*map(str, flags), *"--workers 0 --output-dir unused".split()])[0]
 
 
 def scenes_args(*flags):
-    return settings("--demo", *flags)
+    return settings("--demo", "--amp", "none", *flags)
+
+
+CUSTOM = "--task custom --train-json a --val-json b --images c".split()
 
 
 @pytest.fixture(scope="module")
 def scene_batch():
-    """Two scenes with boxes, masks and keypoints, and the detector of the demo."""
+    """The arguments of the demo, two scenes and their targets."""
     args = scenes_args("--data", "scenes:8")
-    train = det.open_data(args, "train")
-    outputs, keypoints = det.outputs_of(args, train)
-    images = det.TrainingImages(train, args, 0, outputs)
-    pixels, targets, _, _ = det.collate([images[0, i] for i in range(2)])
-    return args, outputs, keypoints, pixels, targets
+    images = det.TrainingImages(det.open_data(args, "train"), args)
+    return args, *images.collate([images[0, i] for i in range(2)])[:2]
 
 
-def demo_detector(args, outputs, keypoints):
+def demo_detector(args, outputs=("boxes", "masks", "keypoints"), keypoints=4):
     """The demo's detector, with few proposals: quick."""
-    model = det.new_detector(args, 0, 10, outputs, len(keypoints), WORLD, None)[0]
+    model = det.new_detector(args, CPU, 10, outputs, keypoints)
     model.rpn._post_nms_top_n = dict(training=40, testing=40)
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------- anchors
+# ---- anchors and pooling
 
 
 def test_anchors_of_both_models():
@@ -76,9 +72,6 @@ def test_anchors_stand_at_multiples_of_the_stride_whatever_the_padding():
     centres = ((found[:, :2] + found[:, 2:]) / 2).view(3, 84, 15, 2)
     for y, x in ((0, 0), (2, 83), (1, 40)):
         assert torch.allclose(centres[y, x], torch.tensor([16.0 * x, 16.0 * y]).expand(15, 2), atol=1e-3)
-
-
-# ---------------------------------------------------------------------------------------------------------- pooling
 
 
 def test_pooling_equals_torchvisions_operator_box_by_box():
@@ -107,7 +100,7 @@ def test_pooling_on_a_ramp_gives_cell_centres():
     assert torch.allclose(pooled[0, 0], torch.tensor([2.5, 3.5, 4.5, 5.5]).expand(4, 4))
 
 
-# ----------------------------------------------------------------------------------------------------------- losses
+# ---- losses
 
 
 class FirstOnes:
@@ -161,38 +154,68 @@ def test_box_losses_by_hand(beta):
     assert loss_class.item() == pytest.approx(-scores.log_softmax(1)[range(5), labels].mean().item(), rel=1e-5)
 
 
+STILL = det.View((1.0, 1.0), (64, 96), False)
+
+
 def test_mask_targets_of_polygons():
     box = torch.tensor([[10.0, 20, 38, 48]])
-    left_half = [np.array([10.0, 20, 24, 20, 24, 48, 10, 48])]
-    two_parts = [np.array([10.0, 20, 17, 20, 17, 48, 10, 48]), np.array([31.0, 20, 38, 20, 38, 48, 31, 48])]
-    (target,) = det.mask_targets([left_half], box, 28)
+    left_half = [[10.0, 20, 24, 20, 24, 48, 10, 48]]
+    two_parts = [[10.0, 20, 17, 20, 17, 48, 10, 48], [31.0, 20, 38, 20, 38, 48, 31, 48]]
+    (target,) = det.mask_targets(left_half, box, STILL, 28)
     assert (target[:, :14] == 1).all() and (target[:, 14:] == 0).all()
-    (target,) = det.mask_targets([two_parts], box, 28)
+    (target,) = det.mask_targets(two_parts, box, STILL, 28)
     assert (target[:, :7] == 1).all() and (target[:, 7:21] == 0).all() and (target[:, 21:] == 1).all()
-    (target,) = det.mask_targets([left_half], box + torch.tensor([7.0, 0, 7, 0]), 28)  # another box: the object moves
+    (target,) = det.mask_targets(
+        left_half, box + torch.tensor([7.0, 0, 7, 0]), STILL, 28
+    )  # another box: the object moves
     assert (target[:, :7] == 1).all() and (target[:, 7:] == 0).all()
+    view = det.View((2.0, 0.5), (32, 192), True)  # twice as wide, half as high, flipped: the left half is on the right
+    (target,) = det.mask_targets(left_half, torch.tensor([[192 - 76.0, 10, 192 - 20, 24]]), view, 28)
+    assert (target[:, 14:] == 1).all() and (target[:, :14] == 0).all()
 
 
 def test_mask_targets_of_bitmaps_are_roi_align_cut_at_one_half():
     rng = np.random.default_rng(0)
-    bitmap = np.pad(np.kron(rng.integers(0, 2, (5, 7)), np.ones((10, 10))), ((10, 0), (0, 10))).astype(np.uint8)
-    box = torch.tensor([[3.3, 5.1, 71.7, 49.2]])
-    whole = det.move_mask(bitmap.astype(bool), bitmap.shape, bitmap.shape, False)
-    assert whole[0].size < bitmap.size  # what travels is the bitmap's own extent
-    (target,) = det.mask_targets([whole], box, 14)
-    wanted = ops.roi_align(torch.tensor(bitmap)[None, None].float(), [box], 14, sampling_ratio=0, aligned=True)[0, 0]
-    assert torch.equal(target, (wanted >= 0.5).float()) and 0.2 < target.mean() < 0.8
-    # a rectangle: as a polygon and as a bitmap it gives the same
-    rectangle = np.zeros((60, 80), np.uint8)
+    bitmap = np.pad(np.kron(rng.integers(0, 2, (5, 7)), np.ones((10, 10))), ((14, 0), (0, 26))).astype(np.uint8)
+    boxes = torch.tensor([[3.3, 5.1, 71.7, 49.2], [20.0, 2, 60, 60]])
+    targets = det.mask_targets(as_rle(bitmap), boxes, STILL, 14)
+    wanted = ops.roi_align(torch.tensor(bitmap)[None, None].float(), [boxes], 14, sampling_ratio=0, aligned=True)[:, 0]
+    assert torch.equal(targets, (wanted >= 0.5).float()) and 0.2 < targets.mean() < 0.8
+    # a view of the whole is the same as a view of the resized and flipped bitmap, pixel by pixel
+    double = np.kron(bitmap, np.ones((2, 2), np.uint8))[:, ::-1]
+    view = det.View((2.0, 2.0), (128, 192), True)
+    moved = torch.cat([192 - 2 * boxes[:, [2]], 2 * boxes[:, [1]], 192 - 2 * boxes[:, [0]], 2 * boxes[:, [3]]], 1)
+    resized = ops.roi_align(
+        torch.tensor(double.copy())[None, None].float(), [moved], 14, sampling_ratio=0, aligned=True
+    )
+    found = det.mask_targets(as_rle(bitmap), moved, view, 14)
+    assert (found == (resized[:, 0] >= 0.5)).float().mean() > 0.97
+    # a rectangle gives the same as a polygon and as a bitmap
+    rectangle = np.zeros((64, 96), np.uint8)
     rectangle[20:40, 16:44] = 1
-    polygon = [np.array([16.0, 20, 44, 20, 44, 40, 16, 40])]
-    rectangle = det.move_mask(rectangle.astype(bool), (60, 80), (60, 80), False)
-    assert rectangle[0].shape == (20, 28) and rectangle[1:] == (16, 20)
-    a, b = det.mask_targets([polygon, rectangle], torch.tensor([[2.0, 10, 58, 52]] * 2), 28)
-    assert torch.equal(a, b)
+    polygon, box = [[16.0, 20, 44, 20, 44, 40, 16, 40]], torch.tensor([[2.0, 10, 58, 52]])
+    pair = [det.mask_targets(mask, box, STILL, 28) for mask in (polygon, as_rle(rectangle))]
+    assert torch.equal(*pair)
 
 
-# ------------------------------------------------------------------------------------------------- heads as a whole
+def test_mask_loss_gives_each_roi_the_mask_of_its_own_object():
+    """Two images, RoIs of several objects in mixed order, one object without a mask: against a loop over RoIs."""
+    left, right = [[0.0, 0, 8, 0, 8, 16, 0, 16]], [[8.0, 0, 16, 0, 16, 16, 8, 16]]
+    targets = [{"masks": [left, None, right], "view": STILL}, {"masks": [right], "view": STILL}]
+    boxes, owners = (
+        [torch.tensor([[0.0, 0, 16, 16]] * 4), torch.tensor([[0.0, 0, 16, 16]])],
+        [torch.tensor([2, 1, 0, 2]), torch.tensor([0])],
+    )
+    logits = torch.randn(5, 4, 4)
+    grids = {id(left): torch.tensor([1.0, 1, 0, 0]).expand(4, 4), id(right): torch.tensor([0.0, 0, 1, 1]).expand(4, 4)}
+    wanted = [
+        F.binary_cross_entropy_with_logits(logits[r], grids[id(m)])
+        for r, m in ((0, right), (2, left), (3, right), (4, right))
+    ]
+    assert det.mask_loss(logits, boxes, owners, targets).item() == pytest.approx(sum(wanted).item() / 4, rel=1e-5)
+
+
+# ---- heads as a whole
 
 
 class Adapted(nn.Module):
@@ -206,13 +229,10 @@ class Adapted(nn.Module):
 
 def test_heads_detect_what_torchvisions_do(scene_batch):
     """The same modules in torchvision's own RoIHeads: its forward pass in testing has to agree with ours."""
-    args, outputs, keypoints, pixels, _ = scene_batch
-    model = demo_detector(args, outputs, keypoints).eval()
+    args, *_ = scene_batch
+    model = demo_detector(args).eval()
     ours = model.roi_heads
-    for p in (
-        *ours.box_predictor.parameters(),
-        *ours.mask_predictor.parameters(),
-    ):  # at their start they say next to nothing
+    for p in [*ours.box_predictor.parameters(), *ours.mask_predictor.parameters()]:  # their start says next to nothing
         nn.init.normal_(p, std=0.2)
     theirs = stock.RoIHeads(
         Adapted(ours.box_roi_pool), ours.box_head, ours.box_predictor, 0.5, 0.5, 32, 0.25, (10.0, 10.0, 5.0, 5.0), 0.05, 0.5,
@@ -235,8 +255,8 @@ def test_heads_detect_what_torchvisions_do(scene_batch):
 
 
 def test_training_gives_all_losses_and_a_gradient_to_every_parameter(scene_batch):
-    args, outputs, keypoints, pixels, targets = scene_batch
-    model = demo_detector(args, outputs, keypoints).train()
+    args, pixels, targets = scene_batch
+    model = demo_detector(args).train()
     loss, values = model(pixels, targets)
     losses = {name: value for name, value in values.items() if name.startswith("loss_")}
     assert sorted(losses) == "loss_box loss_class loss_keypoint loss_mask loss_objectness loss_rpn_box_reg".split()
@@ -250,9 +270,9 @@ def test_training_gives_all_losses_and_a_gradient_to_every_parameter(scene_batch
 
 
 def test_without_objects_the_step_is_finite_and_touches_every_parameter(scene_batch):
-    args, outputs, keypoints, pixels, _ = scene_batch
-    model = demo_detector(scenes_args("--heads", "4conv1fc"), outputs, keypoints).train()
-    empty = det.move_objects([], (10, 10), (20, 20), False, list(range(4)))
+    _, pixels, _ = scene_batch
+    model = demo_detector(scenes_args("--heads", "4conv1fc")).train()
+    empty = det.make_target([], {}, STILL, list(range(4)))
     loss, values = model(pixels, [empty, empty])
     loss.backward()
     assert loss.isfinite() and values["foreground"] == 0 and values["loss_mask"] == values["loss_keypoint"] == 0
@@ -261,9 +281,9 @@ def test_without_objects_the_step_is_finite_and_touches_every_parameter(scene_ba
 
 
 def test_c4_runs_res5_once_in_training_and_again_in_testing(scene_batch):
-    *_, pixels, targets = scene_batch
+    _, pixels, targets = scene_batch
     args = scenes_args("--model", "c4", "--data", "scenes:8")
-    model = demo_detector(args, ["boxes", "masks"], []).train()
+    model = demo_detector(args, ["boxes", "masks"]).train()
     calls = []
     model.roi_heads.box_head.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
     loss, values = model(pixels, targets)
@@ -288,8 +308,8 @@ def test_c4_runs_res5_once_in_training_and_again_in_testing(scene_batch):
 
 
 def test_boxes_stay_fp32_under_autocast(scene_batch):
-    args, outputs, keypoints, pixels, targets = scene_batch
-    model = demo_detector(args, outputs, keypoints).train()
+    args, pixels, targets = scene_batch
+    model = demo_detector(args).train()
     seen = []
     model.roi_heads.box_roi_pool.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[1]))
     head = model.rpn.head.register_forward_hook(lambda module, inputs, output: seen.extend(output[0] + output[1]))
@@ -302,8 +322,8 @@ def test_boxes_stay_fp32_under_autocast(scene_batch):
 
 
 def test_the_batch_is_normalised_then_padded(scene_batch):
-    args, outputs, keypoints, *_ = scene_batch
-    model = demo_detector(args, outputs, keypoints).eval()
+    args, *_ = scene_batch
+    model = demo_detector(args).eval()
     seen = []
     model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     images = [torch.full((3, 40, 70), 255, dtype=torch.uint8), torch.randint(0, 256, (3, 65, 30), dtype=torch.uint8)]
@@ -317,23 +337,17 @@ def test_the_batch_is_normalised_then_padded(scene_batch):
     assert seen[0].shape == (2, 3, 65, 70)  # C4
 
 
-# -------------------------------------------------------------------------------- freezing, decay, schedule, statistics
+# ---- freezing, decay, schedule, statistics
 
 STAGES = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
 
 
-@pytest.mark.parametrize(
-    "model, at, count", [("c4", 0, 0), ("c4", 2, 3), ("c4", 4, 5), ("c4", 5, 6), ("fpn", 2, 3), ("fpn", 4, 5)]
-)
-def test_what_is_frozen_stays_as_it_is(model, at, count, scene_batch):
-    *_, pixels, targets = scene_batch
-    args = scenes_args("--model", model, "--freeze-at", at)
-    network = demo_detector(args, ["boxes"], []).train()
-    prefix = "backbone." if model == "c4" else "backbone.body."
-    names = [
-        prefix + name if (model, name) != ("c4", "layer4") else "roi_heads.box_head.layer4" for name in STAGES[:count]
-    ]
-    assert network.frozen == names
+@pytest.mark.parametrize("model, at", [("c4", 0), ("c4", 2), ("c4", 4), ("c4", 5), ("fpn", 2), ("fpn", 4)])
+def test_what_is_frozen_stays_as_it_is(model, at, scene_batch):
+    _, pixels, targets = scene_batch
+    network = demo_detector(scenes_args("--model", model, "--freeze-at", at), ["boxes"]).train()
+    names = ["backbone." + ("" if model == "c4" else "body.") + name for name in STAGES[: at and at + 1]]
+    names = ["roi_heads.box_head.layer4" if name == "backbone.layer4" else name for name in names]
     before = {name: x.clone() for name, x in network.state_dict().items()}
     optimizer = torch.optim.SGD(det.parameter_groups(network, 0.1), 0.5)
     network(pixels, targets)[0].backward()
@@ -345,14 +359,9 @@ def test_what_is_frozen_stays_as_it_is(model, at, count, scene_batch):
         assert network.roi_heads.box_head.norm.training and network.roi_heads.box_head.norm.weight.requires_grad
 
 
-def test_freeze_backbone_is_freeze_at_4():
-    flags = "--task voc --data x --steps 0".split()
-    assert settings(*flags, "--freeze-backbone").freeze_at == settings(*flags, "--freeze-at", 4).freeze_at == 4
-
-
 def test_norms_have_no_weight_decay():
     args = scenes_args("--heads", "4conv1fc", "--freeze-at", 2)
-    model = demo_detector(args, ["boxes", "masks", "keypoints"], ["a", "b"])
+    model = demo_detector(args)
     decayed, free = det.parameter_groups(model, 1e-4)
     assert decayed["weight_decay"] == 1e-4 and free["weight_decay"] == 0
     name_of = {id(p): name for name, p in model.named_parameters()}
@@ -378,12 +387,13 @@ def test_learning_rate_of_voc():
 
 
 def test_the_linear_rule():
-    plan = det.plan(settings(*"--task coco --data x --schedule 2x --batch-size 4".split()))
-    assert plan == {"iterations": 720000, "drops": [480000, 640000], "warmup": 4000, "lr": 0.005}
-    plan = det.plan(settings(*"--task coco --data x --iterations 9000".split()))
-    assert plan == {"iterations": 9000, "drops": [6000, 8000], "warmup": 100, "lr": 0.02}
-    plan = det.plan(settings(*"--task voc --data x --train-set 07".split()))
-    assert plan == {"iterations": 9000, "drops": [6750, 8250], "warmup": 100, "lr": 0.02}
+    for flags, plan in {
+        "--task coco --data x --iterations 180000 --batch-size 4": (720000, [480000, 640000], 4000, 0.005),
+        "--task coco --data x --iterations 180000": (180000, [120000, 160000], 1000, 0.02),
+        "--task coco --data x --iterations 9000": (9000, [6000, 8000], 100, 0.02),
+        "--task voc07 --data x": (9000, [6750, 8250], 100, 0.02),
+    }.items():
+        assert tuple(det.plan(settings(*flags.split())).values()) == plan, flags
 
 
 class Toy(nn.Module):
@@ -416,7 +426,7 @@ def test_precise_bn_is_the_population():
     assert not model.first._forward_pre_hooks
 
 
-# ---------------------------------------------------------------------------------------------------- images and masks
+# ---- images and masks
 
 
 @pytest.mark.parametrize(
@@ -428,44 +438,27 @@ def test_resized(size, short, longest, wanted):
     assert det.resized(*size, short, longest) == wanted
 
 
-def row(box, **more):
-    return {
-        "box": box,
-        "label": 1,
-        "crowd": False,
-        "difficult": False,
-        "area": 1.0,
-        "segmentation": None,
-        "keypoints": None,
-    } | more
+def row(box, category=1, **more):
+    x0, y0, x1, y1 = box
+    return coco.annotation(0, category, [x0, y0, x1 - x0, y1 - y0], **more)
 
 
 def test_objects_follow_a_resize_and_a_flip():
-    polygon = [np.array([10.0, 5, 30, 5, 30, 25, 10, 25])]
-    bitmap = rle.decode(rle.merge(rle.frPyObjects([p.tolist() for p in polygon], 50, 100))).astype(bool)
-    code = rle.encode(np.asfortranarray(bitmap, np.uint8))
-    points = np.array([[10.0, 5, 2], [29, 5, 1], [60, 40, 0], [99, 49, 2]])
-    rows = [
-        row([10, 5, 30, 25], segmentation=s, label=n, keypoints=points)
-        for n, s in ((3, polygon), (1, bitmap), (2, code))
-    ]
+    points = [10.0, 5, 2, 29, 5, 1, 60, 40, 0, 99, 49, 2]
+    rows = [row([10, 5, 30, 25], n, keypoints=points) for n in (3, 1)]
     rows.append(row([120, 5, 140, 25]))  # outside: clipped to nothing
-    rows.append(row([1, 1, 9, 9], segmentation=np.zeros((50, 100), bool)))  # nothing left of the bitmap
     order = det.flip_order(["nose", "left_eye", "right_eye", "tail"])
     assert order == [0, 2, 1, 3] == det.flip_order(["Nose", "Left eye", "Right eye", "L"])
-    moved = det.move_objects(rows, (50, 100), (100, 300), True, order)
-    assert moved["boxes"].tolist() == [[210, 10, 270, 50]] * 3 and moved["labels"].tolist() == [3, 1, 2]
-    drawn = rle.decode(rle.merge(rle.frPyObjects([p.tolist() for p in moved["masks"][0]], 100, 300)))
-    assert (drawn[10:50, 210:270] == 1).all() and drawn.sum() == 40 * 60
-    for crop, left, top in moved["masks"][1:]:
-        assert (left, top) == (210, 10) and np.array_equal(crop, drawn[10:50, 210:270])
+    view = det.View((3.0, 2.0), (100, 300), True)
+    moved = det.make_target(rows, {1: 2, 3: 1}, view, order)
+    assert moved["boxes"].tolist() == [[210, 10, 270, 50]] * 2 and moved["labels"].tolist() == [1, 2]
+    assert len(moved["masks"]) == 2 and np.allclose(view.back(view.move([[7.0, 9]])), [[7, 9]])
     wanted = [[300 - 31.5, 11, 2], [0, 0, 0], [300 - 88.5, 11, 1], [300 - 298.5, 99, 2]]
     assert np.allclose(moved["keypoints"][0], wanted)
 
 
 def test_keypoints_that_leave_the_image_are_invisible():
-    points = np.array([[-3.0, 5, 2], [5, 70, 2], [5, 5, 2]])
-    moved = det.move_objects([row([1, 1, 9, 9], keypoints=points)], (50, 60), (50, 60), False, [0, 1, 2])
+    moved = det.make_target([row([1, 1, 9, 9], keypoints=[-3.0, 5, 2, 5, 70, 2, 5, 5, 2])], {1: 1}, STILL, [0, 1, 2])
     assert moved["keypoints"][0].tolist() == [[0, 0, 0], [0, 0, 0], [5.5, 5.5, 2]]
 
 
@@ -473,7 +466,7 @@ def test_keypoints_come_back_from_the_heat_map():
     """+0.5 on the way in, a cell of the 56 x 56 map, the cell's centre, -0.5 on the way out."""
     points = np.array([[12.0, 30, 2], [40, 11, 2], [25, 25, 2]])
     box = torch.tensor([[5.0, 5.0, 61.0, 61.0]])
-    moved = det.move_objects([row(box[0].tolist(), keypoints=points)], (80, 80), (80, 80), False, [0, 1, 2])
+    moved = det.make_target([row(box[0].tolist(), keypoints=points.ravel().tolist())], {1: 1}, STILL, [0, 1, 2])
     cells, valid = stock.keypoints_to_heatmap(moved["keypoints"], box, 56)
     assert valid.all()
     maps = F.one_hot(cells[0], 56 * 56).view(1, 3, 56, 56).float()
@@ -529,46 +522,42 @@ def test_detections_go_back_to_the_original_image():
         masks=mask.expand(4, 28, 28),
         keypoints=torch.tensor([[[26.5, 30.5, 1.0], [53, 61, 1]]]).repeat(4, 1, 1),
     )
-    found = det.detect(model, torch.zeros(3, 61, 53, dtype=torch.uint8), (100, 80))
-    assert [one["label"] for one in found] == [3, 1, 1]  # the last one is empty
+    found = det.detect(model, torch.zeros(3, 61, 53, dtype=torch.uint8), (100, 80), [{"id": 10 * k} for k in (1, 2, 3)])
+    assert [one["category_id"] for one in found] == [30, 10, 10]  # the last one is empty
     x, y = 80 / 53, 100 / 61
-    assert found[0]["box"] == pytest.approx([10 * x, 6.1 * y, 30 * x, 36.6 * y])
-    assert found[1]["box"] == pytest.approx([40 * x, 50 * y, 80, 100])  # clipped
+    assert found[0]["bbox"] == pytest.approx([10 * x, 6.1 * y, 20 * x, 30.5 * y])
+    assert found[1]["bbox"] == pytest.approx([40 * x, 50 * y, 80 - 40 * x, 100 - 50 * y])  # clipped
     assert found[0]["keypoints"] == pytest.approx([39.5, 49.5, 1, 79.5, 99.5, 1])
     pasted = rle.decode(found[0]["segmentation"])
     assert pasted.shape == (100, 80)
-    x0, y0, x1, y1 = found[0]["box"]
-    assert (
-        np.array_equal(pasted, det.paste_mask(mask, [x0, y0, x1, y1], 100, 80))
-        and pasted[30, 20] == 1
-        and pasted[30, 40] == 0
-    )
+    x0, y0, w, h = found[0]["bbox"]
+    assert np.array_equal(pasted, det.paste_mask(mask, [x0, y0, x0 + w, y0 + h], 100, 80))
+    assert pasted[30, 20] == 1 and pasted[30, 40] == 0
 
 
-def test_unreadable_images_have_no_detections(tmp_path, capsys):
+def test_unreadable_images_have_no_detections(tmp_path, capsys, monkeypatch):
     write(tmp_path, 3)
-    data = det.CocoData(content([annotation(0, [1, 1, 30, 30])], 3), str(tmp_path), "a.json")
+    data = coco.CocoData(content([annotation(0, [1, 1, 30, 30])], 3), str(tmp_path), "a.json")
     (tmp_path / "1.png").write_bytes(b"no image")
     model = Saying(boxes=torch.tensor([[1.0, 1, 9, 9]]), scores=torch.tensor([0.9]), labels=torch.tensor([1]))
-    found = det.detect_all(model, data, scenes_args(), WORLD)
+    monkeypatch.setattr(det, "evaluate", lambda args, data, found, outputs: {"found": [found]})
+    args = scenes_args()
+    args.output_dir = str(tmp_path)
+    found = det.evaluated(args, model, data, ["boxes"], CPU)["found"][0]
     assert [len(found[i]) for i in range(3)] == [1, 0, 1] and "1.png" in capsys.readouterr().out
-    assert found[0][0]["box"] == pytest.approx([96 / 192, 0.5, 4.5, 4.5])  # 96 x 64 was resized to 192 x 128
-    ranks = [det.TestImages(data, range(r, 3, 2), 128, 400).indices for r in range(2)]
-    assert sorted([*ranks[0], *ranks[1]]) == [0, 1, 2]
+    assert found[0][0]["bbox"] == pytest.approx([96 / 192, 0.5, 4, 4])  # 96 x 64 was resized to 192 x 128
 
 
 def test_training_images_are_pils_anti_aliased_ones(tmp_path):
-    data = tiny_coco(tmp_path, [row([1, 1, 30, 30])])
-    args = settings(*"--task custom --train-json a --val-json b --images c --short-sides 32 --max-side 99".split())
-    images = det.TrainingImages(data, args, 0, ["boxes"])
-    seen = set()
+    data = tiny_coco(tmp_path, [annotation(0, [1, 1, 29, 29])])
+    images, seen = det.TrainingImages(data, settings(*CUSTOM, "--short-sides", 32)), set()
     for epoch in range(8):
         pixels, target, index, passed = images[epoch, 0]
         wanted = data.read(0).resize((int(96 * 32 / 64 + 0.5), 32), Image.BILINEAR)
         flipped = target["boxes"][0, 0] > 4
         wanted = np.asarray(wanted)[:, ::-1] if flipped else np.asarray(wanted)
         assert np.array_equal(pixels.permute(1, 2, 0), wanted) and (index, passed) == (0, 0)
-        assert sorted(target) == ["boxes", "labels"]
+        assert target["view"] == det.View((0.5, 0.5), (32, 48), bool(flipped))
         seen.add(bool(flipped))
         assert torch.equal(pixels, images[epoch, 0][0])  # a function of (seed, epoch, index) alone
     assert seen == {True, False}
@@ -577,31 +566,21 @@ def test_training_images_are_pils_anti_aliased_ones(tmp_path):
 def test_short_sides_are_drawn():
     args = scenes_args("--data", "scenes:4")
     train = det.open_data(args, "train")
-    images = det.TrainingImages(train, args, 0, ["boxes"])
+    images, other = det.TrainingImages(train, args), det.TrainingImages(train, scenes_args("--seed", 1))
     assert {images[epoch, 1][0].shape[-1] for epoch in range(20)} == {112, 128, 144}
-    other = det.TrainingImages(train, args, 1, ["boxes"])
     assert [images[e, 1][0].shape for e in range(20)] != [other[e, 1][0].shape for e in range(20)]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_batches_hold_one_kind_of_images_and_resume_exactly(processes):
-    wide = np.array([i % 3 == 0 for i in range(23)])
-    everything = []
-    for rank in range(processes):
-        world = harness.legacy.World(rank, processes, 0, torch.device("cpu"))
-        whole = list(det.GroupedBatches(wide, 4, world, 0, 0, 40))
-        assert len(whole) == 40 and all(len(batch) == 4 for batch in whole)
-        assert all(len({bool(wide[i]) for _, i in batch}) == 1 for batch in whole)
-        assert {bool(wide[batch[0][1]]) for batch in whole} == {True, False}
-        assert list(det.GroupedBatches(wide, 4, world, 0, 17, 40)) == whole[17:]
-        assert list(det.GroupedBatches(wide, 4, world, 1, 0, 40)) != whole
-        everything += [key for batch in whole for key in batch]
-    assert len(everything) == len(set(everything))  # processes share no image of an epoch
-    for epoch in range(4):  # nearly every image comes once an epoch: a few may wait in the baskets
-        assert {i for e, i in everything if e == epoch} == set(range(23))
+def test_wide_and_high_images_are_told_apart(tmp_path):
+    write(tmp_path, 3)
+    Image.new("RGB", (40, 80)).save(tmp_path / "1.png")
+    told = content([annotation(10 * i, [1, 1, 9, 9]) for i in range(3)], 3)
+    told["images"][1] |= {"width": 40, "height": 80}
+    images = det.TrainingImages(coco.CocoData(told, str(tmp_path), "a.json"), settings(*CUSTOM))
+    assert images.kinds.tolist() == [True, False, True]  # harness.images.Batches keeps them apart
 
 
-# -------------------------------------------------------------------------------------------------------- data sets
+# ---- data sets
 
 
 def content(rows, images=1, categories=({"id": 7, "name": "cat"}, {"id": 3, "name": "dog"})):
@@ -624,15 +603,16 @@ def write(folder, images=1):
 
 def tiny_coco(folder, rows):
     write(folder)
-    boxes = [
-        annotation(0, [r["box"][0], r["box"][1], r["box"][2] - r["box"][0], r["box"][3] - r["box"][1]]) for r in rows
-    ]
-    return det.CocoData(content(boxes), str(folder), "a.json")
+    return coco.CocoData(content(rows), str(folder), "a.json")
+
+
+def as_rle(mask):
+    return rle.encode(np.asfortranarray(mask, np.uint8))
 
 
 def test_coco_data_copes_with_what_files_hold(tmp_path, capsys):
     write(tmp_path, 4)
-    counts = rle.encode(np.asfortranarray(np.eye(64, 96, dtype=np.uint8)))
+    code = as_rle(np.eye(64, 96))
     uncompressed = {"size": [64, 96], "counts": [64 * 96 - 5, 5]}
     rows = [
         annotation(0, [1, 2, 30, 40], 7, segmentation=[[1, 2, 31, 2, 31, 42], [5, 5, 6, 6]], iscrowd=0),
@@ -641,65 +621,64 @@ def test_coco_data_copes_with_what_files_hold(tmp_path, capsys):
         annotation(0, [5, 5, 10, float("nan")]),
         annotation(10, [0, 0, 50, 60], iscrowd=1),  # an image of crowds alone
         annotation(99, [0, 0, 9, 9]),  # no such image
-        annotation(20, [0, 0, 9, 9], segmentation={"size": [64, 96], "counts": counts["counts"].decode()}, area=5),
+        annotation(20, [0, 0, 9, 9], segmentation={"size": [64, 96], "counts": code["counts"].decode()}, area=5),
     ]
-    data = det.CocoData(content(rows, images=4), str(tmp_path), "a.json")
+    data = coco.CocoData(content(rows, images=4), str(tmp_path), "a.json")
     said = capsys.readouterr().out
-    assert "2 annotations have an empty box" in said and "1 annotations name an image that is not in it" in said
-    assert [c["id"] for c in data.categories] == [3, 7] and len(data) == 4
+    assert "2 annotations have an empty box" in said and "1 annotations have no image" in said
+    assert [c["id"] for c in data.categories] == [3, 7] and data.label == {3: 1, 7: 2} and len(data) == 4
     first, crowd = data.annotations(0)
-    assert first["label"] == 2 and first["box"] == [1, 2, 31, 42] and len(first["segmentation"]) == 1
-    assert crowd["crowd"] and rle.area(crowd["segmentation"]) == 5
+    assert first["category_id"] == 7 and first["bbox"] == [1, 2, 30, 40] and len(first["segmentation"]) == 1
+    assert crowd["iscrowd"] and coco.decode(crowd["segmentation"], 64, 96).sum() == 5
     assert data.annotations(3) == [] and data.annotations(2)[0]["area"] == 5
-    assert [data.usable(i, False) for i in range(4)] == [True, False, True, False]
-    assert not any(data.usable(i, True) for i in range(4))  # no keypoints
-    assert data.count("segmentation") == (2, 2) and data.count("keypoints") == (0, 2)
-    truth = det.coco_truth(data)
+    assert data.usable(keypoints=False) == [0, 2] and data.usable(keypoints=True) == []
+    truth = det.coco_truth(data, "bbox")
     assert len(truth.getImgIds()) == 4 and sorted(truth.anns) == [1, 2, 3, 4]  # an id of 0 would count as no match
     assert truth.anns[2]["iscrowd"] == 1 and truth.anns[1]["category_id"] == 7
-    args = settings(*"--task custom --train-json a --val-json b --images c".split())
-    images = det.TrainingImages(data, args, 0, ["boxes", "masks"])
+    images = det.TrainingImages(data, settings(*CUSTOM))
     assert len(images) == 2 and images.name(1) == "2.png"
     assert [len(images[0, i][1]["boxes"]) for i in range(2)] == [1, 1]  # crowds are no targets
 
 
 def test_missing_images_are_named(tmp_path, capsys):
     write(tmp_path, 2)
-    (tmp_path / "1.png").unlink()
-    write(tmp_path, 2)
-    with pytest.raises(common.UserError, match="3 of its 5 images are not in .*, for instance 2.png"):
-        det.CocoData(content([], images=5), str(tmp_path), "a.json")
+    with pytest.raises(common.UserError, match="3 of its 5 images are not there, for instance .*2.png"):
+        coco.CocoData(content([], images=5), str(tmp_path), "a.json")
     write(tmp_path, 4)
-    data = det.CocoData(content([annotation(40, [1, 1, 5, 5])], images=5), str(tmp_path), "a.json")
-    assert len(data) == 4 and "4.png is not in" in capsys.readouterr().out
+    data = coco.CocoData(content([annotation(40, [1, 1, 5, 5])], images=5), str(tmp_path), "a.json")
+    assert len(data) == 4 and "4.png" in capsys.readouterr().out
 
 
 def test_an_image_of_another_size_is_refused(tmp_path):
-    data = tiny_coco(tmp_path, [row([1, 1, 30, 30])])
-    Image.new("RGB", (64, 96)).save(tmp_path / "0.png")
+    data = tiny_coco(tmp_path, [])
     Image.new("RGB", (96, 65)).save(tmp_path / "0.png")
     with pytest.raises(OSError, match="annotated are 96 x 64"):
         data.read(0)
 
 
-@pytest.mark.parametrize("broken", [{}, {"images": [], "annotations": [], "categories": []}, [], content([annotation(99, [1, 1, 2, 2])] * 2),
-                                    content([annotation(0, [1, 1, 2, 2], 5)]), content([annotation(0, [1, 1])])])  # fmt: skip
+@pytest.mark.parametrize(
+    "broken",
+    [{}, {"images": [], "annotations": [], "categories": []}, [], content([annotation(99, [1, 1, 2, 2])] * 2),
+     content([annotation(0, [1, 1, 2, 2], 5)]), content([annotation(0, [1, 1])])],
+)  # fmt: skip
 def test_what_is_not_coco_is_refused(broken, tmp_path):
     write(tmp_path)
     with pytest.raises(common.UserError):
-        det.CocoData(broken, str(tmp_path), "a.json")
+        coco.CocoData(broken, str(tmp_path), "a.json")
 
 
 def test_validation_data_use_the_labels_of_training(tmp_path):
     write(tmp_path, 1)
     row = annotation(0, [1, 2, 30, 40], 7)
-    train = det.CocoData(content([row]), str(tmp_path), "a.json")
-    val = det.CocoData(content([row], categories=[{"id": 7, "name": "cat"}]), str(tmp_path), "b.json", train.categories)
-    assert val.annotations(0)[0]["label"] == train.annotations(0)[0]["label"] == 2
+    train = coco.CocoData(content([row]), str(tmp_path), "a.json")
+    val = coco.CocoData(
+        content([row], categories=[{"id": 7, "name": "cat"}]), str(tmp_path), "b.json", train.categories
+    )
+    assert val.label == train.label == {3: 1, 7: 2}
     assert det.evaluate_coco(val, found_as_truth(val), "bbox")["AP"] == pytest.approx(100)
     for other in ({"id": 7, "name": "cow"}, {"id": 8, "name": "cat"}):
         with pytest.raises(common.UserError, match="are not those of the training data"):
-            det.CocoData(content([], categories=[other]), str(tmp_path), "b.json", train.categories)
+            coco.CocoData(content([], categories=[other]), str(tmp_path), "b.json", train.categories)
 
 
 def test_objects_without_masks_or_keypoints(tmp_path):
@@ -708,22 +687,29 @@ def test_objects_without_masks_or_keypoints(tmp_path):
     square = [[1, 1, 31, 1, 31, 31, 1, 31]]
     rows = [annotation(0, [1, 1, 30, 30], segmentation=square, keypoints=[9, 9, 2]), annotation(0, [50, 10, 20, 20])]
     named = [{"id": 3, "name": "dog", "keypoints": ["nose"]}, {"id": 7, "name": "cat"}]
-    data = det.CocoData(content(rows, categories=named), str(tmp_path), "a.json")
-    args = settings(*"--task custom --train-json a --val-json b --images c".split())
-    assert det.outputs_of(args, data) == (["boxes", "masks", "keypoints"], ["nose"])
-    model = demo_detector(scenes_args(), ["boxes", "masks", "keypoints"], ["nose"]).train()
-    images = det.TrainingImages(data, scenes_args(), 0, ["boxes", "masks", "keypoints"])
-    loss, values = model(*([part[0]] for part in zip(images[0, 0][:2])))
+    data = coco.CocoData(content(rows, categories=named), str(tmp_path), "a.json")
+    assert det.outputs_of(settings(*CUSTOM), data) == ["boxes", "masks", "keypoints"] and data.keypoints == ["nose"]
+    model = demo_detector(scenes_args(), keypoints=1).train()
+    images = det.TrainingImages(data, scenes_args())
+    loss, values = model(*images.collate([images[0, 0]])[:2])
     assert loss.isfinite() and values["loss_mask"] > 0
-    found = found_as_truth(data)
-    found[0] = [
-        one | {"segmentation": det.to_rle([np.array(square[0], float)], 64, 96), "keypoints": [9, 9, 1]}
-        for one in found[0][:1]
-    ]
+    (found,) = found_as_truth(data)[:1]
+    found |= {"segmentation": as_rle(coco.decode(square, 64, 96)), "keypoints": [9, 9, 1]}
     for kind in ("segm", "keypoints"):
-        assert det.evaluate_coco(data, found, kind)["AP"] == pytest.approx(100), kind
+        assert det.evaluate_coco(data, [dict(found)], kind)["AP"] == pytest.approx(100), kind
     with pytest.raises(common.UserError, match="6 numbers for 1 keypoints"):
-        det.CocoData(content([rows[0] | {"keypoints": [1] * 6}], categories=named), str(tmp_path), "a.json")
+        coco.CocoData(content([rows[0] | {"keypoints": [1] * 6}], categories=named), str(tmp_path), "a.json")
+
+
+def test_both_files_share_one_folder_or_its_train_and_val(tmp_path):
+    for folder in ("photos", "split/train", "split/val"):
+        (tmp_path / folder).mkdir(parents=True)
+        write(tmp_path / folder, 1)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content([annotation(0, [1, 1, 9, 9])])))
+    for images, folder in (("photos", "photos"), ("split", "split/val")):
+        args = settings("--task", "custom", "--train-json", path, "--val-json", path, "--images", tmp_path / images)
+        assert det.open_data(args, "val").folder == str(tmp_path / folder)
 
 
 def test_a_portrait_with_exif_rotation(tmp_path):
@@ -733,10 +719,8 @@ def test_a_portrait_with_exif_rotation(tmp_path):
     Image.new("RGB", (96, 64), "red").save(tmp_path / "0.jpg", exif=exif)
     for size, seen in ((None, (64, 96)), ((96, 64), (96, 64)), ((64, 96), (64, 96))):
         told = content([annotation(0, [1, 1, 9, 9])])
-        told["images"] = [
-            {"id": 0, "file_name": "0.jpg"} | (dict(zip(("width", "height"), size, strict=True)) if size else {})
-        ]
-        data = det.CocoData(told, str(tmp_path), "a.json")
+        told["images"] = [{"id": 0, "file_name": "0.jpg"} | (dict(width=size[0], height=size[1]) if size else {})]
+        data = coco.CocoData(told, str(tmp_path), "a.json")
         assert data.read(0).size == seen == (data.images[0]["width"], data.images[0]["height"])
 
 
@@ -762,50 +746,45 @@ def voc_tree(root):
 @pytest.mark.parametrize("inner", ["", "VOCdevkit"])
 def test_voc_reader(inner, tmp_path):
     voc_tree(tmp_path / inner)
-    train, val = both(settings("--task", "voc", "--data", tmp_path))
+    args = settings("--task", "voc", "--data", tmp_path)
+    train, val = det.open_data(args, "train"), det.open_data(args, "val")
     assert len(train) == 4 and len(val) == 2 and len(train.categories) == 20
     assert [i["file_name"].split("/")[0] for i in train.images] == ["VOC2007"] * 2 + ["VOC2012"] * 2
     dog, cat = train.annotations(3)
-    assert (
-        dog["box"] == [10, 20, 30, 40] and train.categories[dog["label"] - 1]["name"] == "dog" and not dog["difficult"]
-    )
-    assert cat["box"] == [0, 0, 96, 64] and cat["difficult"]
+    assert dog["bbox"] == [10, 20, 20, 20] and train.categories[train.label[dog["category_id"]] - 1]["name"] == "dog"
+    assert cat["bbox"] == [0, 0, 96, 64] and cat["difficult"] and not dog["difficult"]
     assert train.read(3).size == (96, 64)
-    train = det.open_data(settings("--task", "voc", "--data", tmp_path, "--train-set", "07"), "train")
-    assert len(train) == 2
-    args = settings("--task", "voc", "--data", tmp_path)
-    assert len(det.TrainingImages(val, args, 0, ["boxes"])[0, 0][1]["boxes"]) == 2  # difficult ones are trained on
+    assert len(det.open_data(settings("--task", "voc07", "--data", tmp_path), "train")) == 2
+    assert len(det.TrainingImages(val, args)[0, 0][1]["boxes"]) == 2  # difficult ones are trained on
     (tmp_path / inner / "VOC2012/ImageSets/Main/trainval.txt").unlink()
     with pytest.raises(common.UserError, match="trainval.txt: no such file; --data must be a folder with VOC2007/"):
         det.open_data(args, "train")
 
 
 def test_coco_reader(tmp_path):
+    rows = [
+        annotation(0, [1, 1, 20, 20]),
+        annotation(0, [1, 1, 9, 9], keypoints=[0] * 51),
+        annotation(10, [1, 1, 20, 20], keypoints=[5, 5, 2] + [0, 0, 0] * 16, num_keypoints=1),
+    ]
+    person = {"id": 3, "name": "person", "keypoints": ["nose"] + [f"k{i}" for i in range(16)]}
+    (tmp_path / "annotations").mkdir()
     for split in ("train2017", "val2017"):
         (tmp_path / split).mkdir()
         write(tmp_path / split, 2)
-        (tmp_path / "annotations").mkdir(exist_ok=True)
-        rows = [
-            annotation(0, [1, 1, 20, 20]),
-            annotation(0, [1, 1, 9, 9], keypoints=[0] * 51),
-            annotation(10, [1, 1, 20, 20], keypoints=[5, 5, 2] + [0, 0, 0] * 16, num_keypoints=1),
-        ]
-        person = {"id": 3, "name": "person", "keypoints": ["nose"] + [f"k{i}" for i in range(16)]}
-        for kind in ("instances", "person_keypoints"):
-            text = json.dumps(
-                content(rows, 2, [person] if kind == "person_keypoints" else [person, {"id": 7, "name": "cat"}])
-            )
-            (tmp_path / "annotations" / f"{kind}_{split}.json").write_text(text)
-    train, val = both(settings("--task", "coco", "--data", tmp_path))
-    assert len(train) == len(val) == 2 and len(train.categories) == 2
+        for kind, more in (("instances", [{"id": 7, "name": "cat"}]), ("person_keypoints", [])):
+            path = tmp_path / "annotations" / f"{kind}_{split}.json"
+            path.write_text(json.dumps(content(rows, 2, [person, *more])))
+    args = settings("--task", "coco", "--data", tmp_path)
+    assert [len(det.open_data(args, split).categories) for split in ("train", "val")] == [2, 2]
     args = settings("--task", "coco-keypoint", "--data", tmp_path)
-    train, val = both(args)
-    assert len(train.keypoints) == 17 and det.outputs_of(args, train)[0] == ["boxes", "keypoints"]
-    images = det.TrainingImages(train, args, 0, ["boxes", "keypoints"])
+    train = det.open_data(args, "train")
+    assert len(train.keypoints) == 17 and det.outputs_of(args, train) == ["boxes", "keypoints"]
+    images = det.TrainingImages(train, args)
     assert len(images) == 1 and images.name(0) == "1.png"  # without a visible keypoint an image is not trained on
     (tmp_path / "annotations" / "person_keypoints_val2017.json").unlink()
-    with pytest.raises(common.UserError, match="it must be a folder with annotations/person_keypoints_train2017.json"):
-        both(args)
+    with pytest.raises(common.UserError, match="person_keypoints_val2017.json: not a JSON file that can be read"):
+        det.open_data(args, "val")
 
 
 def city_tree(root, maps):
@@ -825,39 +804,39 @@ def test_cityscapes_reader(tmp_path):
     ids[0:4, 0:4] = 29000  # a caravan: not among the eight classes
     city_tree(tmp_path, [ids, np.full((40, 80), 24)])
     args = settings("--task", "cityscapes", "--data", tmp_path)
-    train, val = both(args)
+    train, val = det.open_data(args, "train"), det.open_data(args, "val")
     assert len(train) == len(val) == 2 and [c["name"] for c in train.categories][:3] == ["person", "rider", "car"]
     group, car = train.annotations(0)
-    assert car["box"] == [10, 5, 30, 20] and car["label"] == 3 and car["segmentation"].sum() == 300 and not car["crowd"]
-    assert group["crowd"] and group["label"] == 1
-    assert [train.usable(i, False) for i in range(2)] == [True, False]
-    images = det.TrainingImages(train, args, 0, ["boxes", "masks"])
+    assert car["bbox"] == [10, 5, 20, 15] and train.label[car["category_id"]] == 3 and car["area"] == 300
+    assert not car["iscrowd"] and group["iscrowd"] and train.label[group["category_id"]] == 1
+    assert train.usable(keypoints=False) == [0] and train.images[0]["width"] == 80
+    images = det.TrainingImages(train, args)
     assert len(images) == 1 and len(images[0, 0][1]["masks"]) == 1
-    next((tmp_path / "gtFine/val").rglob("*.png")).unlink()
-    with pytest.raises(common.UserError, match="instanceIds.png: not there; --data must be a folder with leftImg8bit"):
-        both(args)
+    next((tmp_path / "gtFine/val").rglob("*instanceIds.png")).unlink()
+    with pytest.raises(common.UserError, match="it must be a folder with leftImg8bit"):
+        det.open_data(args, "val")
 
 
 def test_scenes_follow_cocos_convention_of_keypoints():
-    data = det.SceneData(0, 3, 136, 0)
-    scene = data.scene(1)
-    rows = data.annotations(1)
-    moved = det.move_objects(rows, (136, 136), (136, 136), False, det.flip_order(data.keypoints))
+    data = det.SceneData(0, 3)
+    scene, still = data.scene(1), det.View((1.0, 1.0), (136, 136), False)
+    moved = det.make_target(data.annotations(1), data.label, still, det.flip_order(data.keypoints))
     seen = scene["keypoints"][..., 2] > 0
     assert np.allclose(moved["keypoints"][..., :2][seen], scene["keypoints"][..., :2][seen], atol=1e-4)
     assert det.flip_order(data.keypoints) == [0, 2, 1, 3]
+    assert [coco.decode(mask, 136, 136).sum() for mask in moved["masks"]] == [mask.sum() for mask in scene["masks"]]
 
 
-# ------------------------------------------------------------------------------------------------------- evaluation
+# ---- evaluation
 
 
 def test_eleven_points():
-    assert det.voc_ap(np.array([0.5]), np.array([1.0])) == pytest.approx(6 / 11)
-    assert det.voc_ap(np.array([0.25, 0.25, 0.5]), np.array([1.0, 0.5, 2 / 3])) == pytest.approx(
+    assert metrics.voc_ap(np.array([0.5]), np.array([1.0])) == pytest.approx(6 / 11)
+    assert metrics.voc_ap(np.array([0.25, 0.25, 0.5]), np.array([1.0, 0.5, 2 / 3])) == pytest.approx(
         (3 * 1 + 3 * 2 / 3) / 11
     )
-    assert det.voc_ap(np.array([1.0]), np.array([1.0])) == pytest.approx(1)
-    assert det.voc_ap(np.array([]), np.array([])) == 0
+    assert metrics.voc_ap(np.array([1.0]), np.array([1.0])) == pytest.approx(1)
+    assert metrics.voc_ap(np.array([]), np.array([])) == 0
 
 
 def box(*corners):
@@ -866,40 +845,35 @@ def box(*corners):
 
 def test_voc_rules_on_worked_examples():
     one = {0: [(box(1, 1, 10, 10), False)]}
-    right, wrong = det.voc_match([(0, 0.9, box(1, 1, 10, 10)), (0, 0.8, box(1, 1, 10, 10))], one, 0.5)
+    right, wrong = metrics.voc_match([(0, 0.9, box(1, 1, 10, 10)), (0, 0.8, box(1, 1, 10, 10))], one, 0.5)
     assert right.tolist() == [True, False] and wrong.tolist() == [False, True]  # a duplicate is wrong
-    right, wrong = det.voc_match([(0, 0.2, box(1, 1, 10, 10)), (0, 0.9, box(50, 1, 60, 10))], one, 0.5)
+    right, wrong = metrics.voc_match([(0, 0.2, box(1, 1, 10, 10)), (0, 0.9, box(50, 1, 60, 10))], one, 0.5)
     assert right.tolist() == [False, True]  # best score first
     hard = {0: [(box(1, 1, 10, 10), True)]}
-    right, wrong = det.voc_match([(0, 0.9, box(1, 1, 10, 10)), (0, 0.8, box(1, 1, 10, 10))], hard, 0.5)
+    right, wrong = metrics.voc_match([(0, 0.9, box(1, 1, 10, 10)), (0, 0.8, box(1, 1, 10, 10))], hard, 0.5)
     assert not right.any() and not wrong.any()  # difficult ones count neither way, however often
     half = [(0, 0.9, box(1, 1, 10, 5))]  # 50 of 100 pixels, counted inclusively
-    assert det.voc_match(half, one, 0.5)[1].tolist() == [True]  # more than the threshold is wanted
-    assert det.voc_match(half, one, 0.4999)[0].tolist() == [True]
+    assert metrics.voc_match(half, one, 0.5)[1].tolist() == [True]  # more than the threshold is wanted
+    assert metrics.voc_match(half, one, 0.4999)[0].tolist() == [True]
     two = {0: [(box(1, 1, 10, 10), False), (box(3, 1, 12, 10), False)]}
     found = [(0, 0.9, box(1, 1, 10, 10)), (0, 0.8, box(1, 1, 10, 10)), (0, 0.7, box(3, 1, 12, 10))]
-    right, wrong = det.voc_match(found, two, 0.5)
+    right, wrong = metrics.voc_match(found, two, 0.5)
     assert right.tolist() == [True, False, True]  # the best object is taken: no second best
     tie = [(0, 0.5, box(50, 1, 60, 10)), (0, 0.5, box(1, 1, 10, 10))]
-    assert det.voc_match(tie, one, 0.5)[0].tolist() == [False, True]  # ties in the order given
-    assert det.voc_match([(3, 0.5, box(1, 1, 10, 10))], one, 0.5)[1].tolist() == [True]  # another image
+    assert metrics.voc_match(tie, one, 0.5)[0].tolist() == [False, True]  # ties in the order given
+    assert metrics.voc_match([(3, 0.5, box(1, 1, 10, 10))], one, 0.5)[1].tolist() == [True]  # another image
 
 
-def found_as_truth(data, score=0.9):
-    """Detections that say just what is annotated."""
-    found = {}
-    for index in range(len(data)):
-        found[index] = []
-        for r in data.annotations(index):
-            one = {"label": r["label"], "score": score, "box": r["box"]}
-            if r["segmentation"] is not None:
-                one["segmentation"] = det.to_rle(
-                    r["segmentation"], data.images[index]["height"], data.images[index]["width"]
-                )
-            if r["keypoints"] is not None:
-                one["keypoints"] = r["keypoints"].flatten().tolist()
-            found[index].append(one)
-    return found
+def found_as_truth(data):
+    """COCO's results that say just what is annotated."""
+    results = []
+    for index, image in enumerate(data.images):
+        for row in data.annotations(index):
+            one = {"image_id": image["id"], "category_id": row["category_id"], "score": 0.9, "bbox": row["bbox"]}
+            if row["segmentation"] is not None:
+                one["segmentation"] = as_rle(coco.decode(row["segmentation"], image["height"], image["width"]))
+            results.append(one | ({"keypoints": row["keypoints"]} if row["keypoints"] else {}))
+    return results
 
 
 def test_voc_evaluation(tmp_path):
@@ -907,50 +881,53 @@ def test_voc_evaluation(tmp_path):
     args = settings("--task", "voc", "--data", tmp_path)
     val = det.open_data(args, "val")
     perfect = found_as_truth(val)
-    result = det.evaluate(args, val, perfect, ["boxes"])
-    assert (
-        result["box"]["AP"] == result["box"]["AP50"] == pytest.approx(100)
-    )  # the class of difficult objects alone is left out
+    found = {i: [one for one in perfect if one["image_id"] == image["id"]] for i, image in enumerate(val.images)}
+    result = det.evaluate(args, val, found, ["boxes"])
+    assert result["box"]["AP"] == result["box"]["AP50"] == pytest.approx(100 / 20)  # classes without objects count as 0
     assert list(result["box"]["AP_by_IoU"]) == [str(t) for t in range(50, 100, 5)]
     assert result["coco_style"]["AP50"] == pytest.approx(100)
-    assert sorted(a["iscrowd"] for a in det.coco_truth(val).anns.values()) == [0, 0, 1, 1]  # difficult ones
-    shifted = {
-        i: [one | {"box": [10, 20, 30, 55]} for one in rows if one["label"] == 12] for i, rows in perfect.items()
-    }
-    curve = det.evaluate_voc(val, shifted)["AP_by_IoU"]  # overlap 20 / 35 = .571
-    assert curve["50"] == curve["55"] == pytest.approx(100) and curve["60"] == 0
-    half = {0: [one for one in perfect[0] if one["label"] == 12], 1: []}
-    assert det.evaluate_voc(val, half)["AP50"] == pytest.approx(600 / 11)
+    assert sorted(a["iscrowd"] for a in det.coco_truth(val, "bbox").anns.values()) == [0, 0, 1, 1]  # difficult ones
+    rows, dogs = (
+        [row for i in range(2) for row in val.annotations(i)],
+        [one for one in perfect if one["category_id"] == 12],
+    )
+
+    def curve(results):
+        return metrics.evaluate_voc(rows, results, [12])["AP_by_IoU"]
+
+    shifted = curve([one | {"bbox": [10, 20, 20, 35]} for one in dogs])  # overlap 20 / 35 = .571
+    assert shifted["50"] == shifted["55"] == pytest.approx(100) and shifted["60"] == 0
+    assert curve(dogs[:1])["50"] == pytest.approx(600 / 11)
     # scores are rounded to three decimals: what ties then stands in the order given
-    close = [
-        {"label": 12, "score": 0.90011, "box": [60, 1, 70, 9]},
-        {"label": 12, "score": 0.90049, "box": [10, 20, 30, 40]},
-    ]
-    assert det.evaluate_voc(val, {0: close, 1: []})["AP50"] == pytest.approx(100 * 6 / 11 / 2)
+    close = [dogs[0] | {"score": 0.90011, "bbox": [60, 1, 10, 8]}, dogs[0] | {"score": 0.90049}]
+    assert curve(close)["50"] == pytest.approx(100 * 6 / 11 / 2)
 
 
 def test_coco_evaluation():
-    data = det.SceneData(0, 6, 136, 0)
+    data = det.SceneData(0, 6)
     perfect = found_as_truth(data)
     for kind in ("bbox", "segm", "keypoints"):
-        result = det.evaluate_coco(data, perfect, kind)
+        result = det.evaluate_coco(data, [dict(one) for one in perfect], kind)
         assert result["AP"] == pytest.approx(100) and result["AP_by_IoU"]["95"] == pytest.approx(100), kind
-    moved = {i: [one | {"box": [x + 5 for x in one["box"]]} for one in rows] for i, rows in perfect.items()}
+    moved = [one | {"bbox": [one["bbox"][0] + 5, one["bbox"][1] + 5, *one["bbox"][2:]]} for one in perfect]
     result = det.evaluate_coco(data, moved, "bbox")
     assert 0 < result["AP"] < 100 and result["AP50"] > result["AP75"]
-    assert det.evaluate_coco(data, {i: [] for i in range(6)}, "segm")["AP"] == 0
-    wrong = {i: [one | {"label": one["label"] % 10 + 1} for one in rows] for i, rows in perfect.items()}
+    assert det.evaluate_coco(data, [], "segm")["AP"] == 0
+    wrong = [one | {"category_id": one["category_id"] % 10 + 1} for one in perfect]
     assert det.evaluate_coco(data, wrong, "bbox")["AP50"] < 20
 
 
 def test_results_carry_the_data_sets_own_ids(tmp_path):
-    data = tiny_coco(tmp_path, [row([1, 1, 30, 30])])
-    (result,) = det.coco_results(data.images, data.categories, {0: [{"label": 2, "score": 0.5, "box": [1, 2, 4, 8]}]})
-    assert result == {"image_id": 0, "category_id": 7, "bbox": [1, 2, 3, 6], "score": 0.5}
+    write(tmp_path, 2)
+    data = coco.CocoData(content([annotation(10, [1, 2, 30, 40], 7)], 2), str(tmp_path), "a.json")
+    found = {0: [], 1: [{"category_id": 7, "score": 0.5, "bbox": [1, 2, 30, 40]}]}
+    assert det.evaluate(settings(*CUSTOM), data, found, ["boxes"])["box"]["AP"] == pytest.approx(
+        100
+    )  # image 1 has id 10
 
 
 def test_cityscapes_curve_by_hand():
-    ap = det.cityscapes_ap
+    ap = metrics.cityscapes_ap
     assert ap(np.array([0.9, 0.8]), np.array([]), 0) == pytest.approx(1)
     assert ap(np.array([]), np.array([0.9]), 1) == 0 and ap(np.array([]), np.array([]), 1) == 0
     # one right at .9, one wrong at .8, one object missed: points (p, r) = (.5, .5) at .8, (1, .5) at .9, (1, 0) at the end
@@ -960,177 +937,73 @@ def test_cityscapes_curve_by_hand():
     assert ap(np.array([0.8]), np.array([0.9]), 0) == pytest.approx(0.5 * 0.5)
 
 
-def city(tmp_path, ids):
-    city_tree(tmp_path, [ids])
-    return det.CityscapesData(str(tmp_path), "val")
+EIGHT = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
 
 
-def as_rle(mask):
-    return rle.encode(np.asfortranarray(mask, np.uint8))
-
-
-def test_cityscapes_rules_on_worked_examples(tmp_path):
+def test_cityscapes_rules_on_worked_examples():
     ids = np.full((60, 120), 7)
     ids[0:20, 0:20] = 26000
     ids[0:20, 30:50] = 26001
     ids[30:39, 0:10] = 26002  # 90 pixels: too small to count
     ids[30:50, 30:70] = 26  # a group of cars
     ids[30:50, 80:110] = 4  # void
-    data = city(tmp_path, ids)
-    cars = [{"label": 3, "score": s, "segmentation": as_rle(ids == n)} for n, s in ((26000, 0.9), (26001, 0.8))]
+    cars = [(26, score, as_rle(ids == n)) for n, score in ((26000, 0.9), (26001, 0.8))]
 
     def score(found):
-        return det.evaluate_cityscapes(data, {0: found})
+        return metrics.evaluate_cityscapes([ids], [found], EIGHT)
+
+    def curve(right, wrong, missed):
+        return pytest.approx(100 * metrics.cityscapes_ap(np.array(right), np.array(wrong), missed))
 
     assert score(cars)["AP"] == score(cars)["AP50"] == pytest.approx(100) and score(cars)["AP_by_class"] == {"car": 100}
     for n in (26002, 26, 4):  # on small objects, groups and void nothing is wrong, whole or in part
         rows = np.cumsum(ids == n).reshape(ids.shape)
         for mask in (ids == n, (ids == n) & (rows <= (ids == n).sum() * 0.4)):
-            other = {"label": 3, "score": 0.95, "segmentation": as_rle(mask)}
-            assert score([*cars, other])["AP"] == pytest.approx(100), n
-    wrong = [{"label": 3, "score": 0.95, "segmentation": as_rle((ids == 7) & (np.arange(120) < 20))}]
-    assert score(cars + wrong)["AP50"] == pytest.approx(
-        100 * det.cityscapes_ap(np.array([0.9, 0.8]), np.array([0.95]), 0)
-    )
-    double = 100 * det.cityscapes_ap(np.array([0.9, 0.8]), np.array([0.85]), 0)
-    assert score([cars[0], cars[0] | {"score": 0.85}, cars[1]])["AP50"] == pytest.approx(double) and double < 100
-    missed = 100 * det.cityscapes_ap(np.array([0.9]), np.array([]), 1)
-    assert score(cars[:1])["AP50"] == pytest.approx(missed) and missed < 100
-    assert score([])["AP"] == 0 and score([cars[0] | {"label": 1}])["AP"] == 0
+            assert score([*cars, (26, 0.95, as_rle(mask))])["AP"] == pytest.approx(100), n
+    wrong = (26, 0.95, as_rle((ids == 7) & (np.arange(120) < 20)))
+    assert score([*cars, wrong])["AP50"] == curve([0.9, 0.8], [0.95], 0)
+    assert score([cars[0], (26, 0.85, cars[0][2]), cars[1]])["AP50"] == curve([0.9, 0.8], [0.85], 0) != 100
+    assert score(cars[:1])["AP50"] == curve([0.9], [], 1) != 100
+    assert score([])["AP"] == 0 and score([(24, 0.9, cars[0][2])])["AP"] == 0
     part = np.zeros_like(ids, bool)
     part[0:20, 0:12] = True  # 240 of 400 pixels: .6, and more than .6 is wanted at .6
-    curve = score([{"label": 3, "score": 0.9, "segmentation": as_rle(part)}, cars[1]])["AP_by_IoU"]
-    assert curve["55"] == pytest.approx(100) and curve["60"] < 100
+    by_threshold = score([(26, 0.9, as_rle(part)), cars[1]])["AP_by_IoU"]
+    assert by_threshold["55"] == pytest.approx(100) and by_threshold["60"] < 100
 
 
-GOLDEN = 12.70478, 44.98264
-
-
-def test_cityscapes_equals_its_own_scripts(tmp_path, monkeypatch):
-    """The numbers that cityscapesScripts 2.3.0 gives for random maps, and itself where it is installed (with the numpy
-    call it lost)."""
-    rng = np.random.default_rng(0)
-    maps, found = [], {}
-    for index in range(4):
+def test_cityscapes_equals_its_own_scripts():
+    """The numbers that cityscapesScripts 2.3.0 gives for random maps (with the numpy call it lost put back)."""
+    rng, maps, found = np.random.default_rng(0), [], []
+    for _ in range(4):
         ids = np.full((120, 200), 7)
         ids[:, 150:] = rng.choice([4, 24, 26])
         for number in range(8):
             y, x = rng.integers(0, 90), rng.integers(0, 140)
             ids[y : y + rng.integers(6, 30), x : x + rng.integers(6, 40)] = 1000 * rng.choice([24, 26, 33, 29]) + number
         maps.append(ids)
-        found[index] = []
+        found.append([])
         for number in np.unique(ids):
-            label = {24: 1, 26: 3, 33: 8}.get(int(number) // 1000 or int(number))
-            for _ in range(rng.integers(0, 3)) if label else ():
+            label = int(number) // 1000 or int(number)
+            for _ in range(rng.integers(0, 3)) if label in (24, 26, 33) else ():
                 mask = np.roll(ids == number, rng.integers(-4, 5, 2), (0, 1))
-                one = {"label": label, "score": round(float(rng.random()), 2), "segmentation": as_rle(mask)}
-                found[index].append(one)
-    city_tree(tmp_path, maps)
-    data = det.CityscapesData(str(tmp_path), "val")
-    ours = det.evaluate_cityscapes(data, found)
-    assert ours["AP"] == pytest.approx(GOLDEN[0], abs=1e-4) and ours["AP50"] == pytest.approx(GOLDEN[1], abs=1e-4)
-    monkeypatch.setattr(np, "in1d", np.isin, raising=False)
-    try:
-        from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as official
-        from cityscapesscripts.evaluation.instances2dict import instances2dict
-    except ImportError:
-        return
-    official.setInstanceLabels(official.args)
-    args = official.args
-    args.quiet, args.predictionPath = True, str(tmp_path)
-    predictions, truths = [], []
-    for index in range(4):
-        truths.append(data.truth(index))
-        lines = []
-        for number, one in enumerate(found[index]):
-            Image.fromarray(255 * rle.decode(one["segmentation"])).save(tmp_path / f"{index}_{number}.png")
-            lines.append(f"{index}_{number}.png {data.categories[one['label'] - 1]['id']} {one['score']}")
-        (tmp_path / f"{index}.txt").write_text("\n".join(lines))
-        predictions.append(str(tmp_path / f"{index}.txt"))
-    matches = official.matchGtWithPreds(predictions, truths, instances2dict(truths, False), args)
-    averages = official.computeAverages(official.evaluateMatches(matches, args), args)
-    assert ours["AP"] == pytest.approx(100 * averages["allAp"]) and ours["AP50"] == pytest.approx(
-        100 * averages["allAp50%"]
-    )
+                found[-1].append((label, round(float(rng.random()), 2), as_rle(mask)))
+    ours = metrics.evaluate_cityscapes(maps, found, EIGHT)
+    assert ours["AP"] == pytest.approx(12.70478, abs=1e-4) and ours["AP50"] == pytest.approx(44.98264, abs=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------- weights
-
-
-def fpn_like(rng):
-    """A detector's pyramid of ResNet-18 with norms, and random tensors of its shapes."""
-    model = demo_detector(scenes_args(), ["boxes"], [])
-    shapes = {name: x.shape for name, x in model.backbone.fpn.state_dict().items() if x.dim()}
-    return model.backbone.fpn, {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
-
-
-def test_fpn_weights_of_every_layout(tmp_path, capsys):
-    fpn, values = fpn_like(torch.Generator().manual_seed(0))
-    bias = torch.randn(256)
-    resim = {f"module.encoder_q.fpn_lateral{l}.weight": values[f"inner_blocks.{l - 2}.0.weight"] for l in (3, 4, 5)}
-    resim |= {f"module.encoder_q.fpn_output{l}.weight": values[f"layer_blocks.{l - 2}.0.weight"] for l in (3, 4)}
-    resim |= {f"module.encoder_q.fpn_lateral{l}.bias": bias for l in (3, 4, 5)}
-    other = {name.replace("encoder_q", "encoder_k"): torch.zeros_like(x) for name, x in resim.items()}
-    soco = {}
-    for name, x in values.items():
-        block, level, layer, kind = name.split(".")
-        place = "lateral_convs" if block == "inner_blocks" else "fpn_convs"
-        soco[f"module.neck.{place}.{level}.{'bn' if layer == '1' else 'conv'}.{kind}"] = x
-    ours = {
-        name: values[name] for name in ("inner_blocks.1.0.weight", "inner_blocks.2.0.weight", "inner_blocks.3.0.weight")
-    }
-    ours |= {"inner_blocks.1.0.bias": bias}
-    momentum = {f"key.pyramid.{name}": torch.zeros_like(x) for name, x in ours.items()}
-    with_norms = {
-        name.replace("5.w", "5.0.w").replace("4.w", "4.0.w").replace("3.w", "3.0.w"): x for name, x in resim.items()
-    }
-    with_norms |= {
-        f"module.encoder_q.fpn_lateral3.1.{kind}": values[f"inner_blocks.1.1.{kind}"] for kind in ("weight", "bias")
-    }
-    wanted = {
-        "resim-bn": ({"state_dict": {n: x for n, x in with_norms.items() if not n.endswith("3.bias")}}, 7, None),
-        "ours": (ours, 3, "no place in the detector (norms have its biases) for inner_blocks.1.0.bias"),
-        "resim": (
-            {"state_dict": {**resim, **other}, "epoch": 3},
-            5,
-            "no place in the detector (norms have its biases) for inner_blocks.1.0.bias",
-        ),
-        "soco": ({"model": soco | {"module.encoder.conv1.weight": bias}}, 40, None),
-        "checkpoint": ({"model": {f"query.pyramid.{n}": x for n, x in ours.items()} | momentum}, 3, None),
-    }
-    for name, (checkpoint, count, note) in wanted.items():
-        fpn, _ = fpn_like(torch.Generator().manual_seed(1))
-        before = {key: x.clone() for key, x in fpn.state_dict().items()}
-        torch.save(checkpoint, tmp_path / f"{name}.pth")
-        line = det.load_fpn(fpn, str(tmp_path / f"{name}.pth"))
-        changed = [key for key, x in fpn.state_dict().items() if not torch.equal(x, before[key])]
-        assert len(changed) == count and all(torch.equal(fpn.state_dict()[key], values[key]) for key in changed), name
-        assert note is None or note in line
-    torch.save({"state_dict": {"conv1.weight": bias}}, tmp_path / "none.pth")
-    with pytest.raises(common.UserError, match="there is no pyramid in it"):
-        det.load_fpn(fpn, str(tmp_path / "none.pth"))
-    part = {name: x for name, x in ours.items() if ".2." not in name}
-    nan = ours | {"inner_blocks.3.0.weight": torch.full_like(ours["inner_blocks.3.0.weight"], float("nan"))}
-    narrow = ours | {"inner_blocks.1.0.weight": torch.zeros(128, 128, 1, 1)}
-    for state, message in ((narrow, r"inner_blocks.1.0.weight is \(128, 128, 1, 1\)"), (part, "inner_blocks.2.0.weight .* missing"),
-                           (nan, "not finite")):  # fmt: skip
-        torch.save(state, tmp_path / "bad.pth")
-        with pytest.raises(common.UserError, match=message):
-            det.load_fpn(fpn, str(tmp_path / "bad.pth"))
+# ---- weights
 
 
 @pytest.mark.parametrize("model", ["fpn", "c4"])
-def test_pretrained_weights_arrive_in_the_detector(model, tmp_path):
+def test_pretrained_weights_arrive_in_the_detector(model, tmp_path, capsys):
     torch.manual_seed(3)
     state = common.ResNetTrunk("resnet18").state_dict()
     for x in state.values():
         if x.is_floating_point():
             x.add_(torch.rand_like(x))
     torch.save({"state_dict": {f"module.encoder_q.{name}": x for name, x in state.items()}}, tmp_path / "moco.pth")
-    args = scenes_args("--weights", tmp_path / "moco.pth", "--model", model)
-    network, lines = det.new_detector(args, 0, 10, ["boxes"], 0, WORLD, None)
-    assert f"{len(state)} tensors of resnet18" in lines[0]
-    found = network.state_dict()
+    found = demo_detector(scenes_args("--weights", tmp_path / "moco.pth", "--model", model), ["boxes"]).state_dict()
+    assert f"{len(state)} tensors of resnet18" in capsys.readouterr().out
     for name, x in state.items():
         place = f"backbone.{'' if model == 'c4' else 'body.'}{name}"
         place = f"roi_heads.box_head.{name}" if model == "c4" and name.startswith("layer4") else place
@@ -1138,11 +1011,11 @@ def test_pretrained_weights_arrive_in_the_detector(model, tmp_path):
     del state["layer4.1.bn2.running_var"]
     torch.save(state, tmp_path / "broken.pth")
     with pytest.raises(common.UserError, match="layer4.1.bn2.running_var is missing"):
-        det.new_detector(scenes_args("--weights", tmp_path / "broken.pth"), 0, 10, ["boxes"], 0, WORLD, None)
+        demo_detector(scenes_args("--weights", tmp_path / "broken.pth"), ["boxes"])
 
 
 def test_heads_start_as_in_detectron2():
-    model, _ = det.build_detector(settings(*"--task coco --data x --heads 4conv1fc".split()), 80, ["boxes", "masks"], 0)
+    model = det.build_detector(settings(*"--task coco --data x --heads 4conv1fc".split()), 80, ["boxes", "masks"], 0)
     heads = model.roi_heads
     std = {"cls_score": 0.01, "bbox_pred": 0.001}
     for name, wanted in std.items():

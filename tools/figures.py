@@ -250,9 +250,9 @@ def draw_predictions(args):
 
 
 def save_columns(path, titles, columns, side=500, gap=6):
-    """Write equally long columns of PIL images, a title above each. Larger images are made smaller, to `side` pixels."""
+    """Write equally long columns of PIL images, a title above each. Wider images are made smaller, to `side` pixels."""
     for image in sum(columns, []):
-        image.thumbnail((side, side))
+        image.thumbnail((side, 3 * side))
     widths = [gap + max(image.width for image in column) for column in columns]
     heights = [gap + max(image.height for image in row) for row in zip(*columns, strict=True)]
     sheet = Image.new("RGB", (gap + sum(widths), 16 + sum(heights)), "white")
