@@ -9,6 +9,7 @@ python -m bench.speed d3ssl         what d3ssl.py's region-level augmentations a
 """
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
@@ -29,29 +30,25 @@ import setsim
 
 
 def compare(title, candidates, repeat):
-    """Print medians and ranges of what the candidates measure, and of their ratios to the first one.
+    """Print medians and ranges over rounds of what each candidate takes, and of its ratio to the first one.
 
-    candidates: {name: function that returns {what: number}}, called in turn; the first round warms up.
+    candidates: {name: function}, called in turn; the first round warms up. A dict that is returned has other measures,
+    or seconds that count instead.
     """
-    rounds = [{name: run() for name, run in candidates.items()} for _ in range(repeat + 1)][1:]
-    for name in candidates:
-        for what in rounds[0][name]:
-            values, ratios = zip(
-                *((r[name][what], r[name][what] / r[next(iter(r))][what]) for r in rounds), strict=True
-            )
+    rounds = []
+    for _ in range(repeat + 1):
+        rounds.append({})
+        for name, run in candidates.items():
+            started = time.perf_counter()
+            found = run()
+            seconds = {"seconds": time.perf_counter() - started}
+            rounds[-1][name] = seconds | (found if isinstance(found, dict) else {})
+    for name, measures in rounds[-1].items():
+        for what in measures:
+            values = [r[name][what] for r in rounds[1:]]
+            ratios = [r[name][what] / next(iter(r.values()))[what] for r in rounds[1:]]
             texts = [f"{statistics.median(x):.4g} ({min(x):.4g} to {max(x):.4g})" for x in (values, ratios)]
             print(f"{title}, {name}: {what} {texts[0]}, ratio {texts[1]}, n {repeat}", flush=True)
-
-
-def timed(run):
-    """A candidate that measures the seconds of `run()`."""
-
-    def candidate():
-        started = time.perf_counter()
-        run()
-        return {"seconds": time.perf_counter() - started}
-
-    return candidate
 
 
 # ==== The set loss ====================================================================================================
@@ -77,9 +74,11 @@ def one_set_loss(which):
     set_q, set_k = torch.rand(2, 32, 49, generator=rng) < 0.3
     queue = F.normalize(torch.randn(65536, 128, generator=rng), dim=1)
     positives, before = set_q[:, :, None] & set_k[:, None, :], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = timed(lambda: LOSSES[which](p_q.requires_grad_(), p_k, positives, queue, 0.2).backward())()
+    started = time.perf_counter()
+    LOSSES[which](p_q.requires_grad_(), p_k, positives, queue, 0.2).backward()
+    seconds = time.perf_counter() - started
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return found | {"MB beyond the inputs": memory, "gradient": p_q.grad.norm().item()}
+    return {"seconds": seconds, "MB beyond the inputs": memory, "gradient": p_q.grad.norm().item()}
 
 
 def set_loss(args):
@@ -96,17 +95,13 @@ def set_loss(args):
 
 VARIANTS = {  # name: script, flags; each against the first
     "setsim": {
-        "MoCo-v2": (setsim, "--loss-weight 0"),
-        "SetSim": (setsim, ""),
-        "SetSim + Geo": (setsim, "--geometry 0.5"),
+        "MoCo-v2": (setsim, "--loss-weight 0"), "SetSim": (setsim, ""), "SetSim + Geo": (setsim, "--geometry 0.5"),
     },
     "resim": {
-        "MoCo-v2": (setsim, "--loss-weight 0"),
-        "ReSim-C4": (resim, "--levels c4"),
-        "ReSim-FPN": (resim, ""),
+        "MoCo-v2": (setsim, "--loss-weight 0"), "ReSim-C4": (resim, "--levels c4"), "ReSim-FPN": (resim, ""),
         "official FPN": (resim, "--preset official"),
     },
-}
+}  # fmt: skip
 
 
 def crops(batch, size):
@@ -144,7 +139,7 @@ def iterations(args):
         with FlopCounterMode(display=False) as counter:  # on a copy without storage
             method.query.to("meta").encode(torch.zeros(2, *views.shape[2:], dtype=torch.uint8, device="meta"))
         work = {"multiply-adds": counter.get_total_flops() / 4}
-        candidates[name] = lambda run=timed(run), work=work: run() | work
+        candidates[name] = lambda run=run, work=work: run() or work
     compare(f"batch {args.batch}, {args.arch}, {args.size} pixels, fp32", candidates, args.repeat)
 
 
@@ -164,14 +159,16 @@ def regions(args):
 
     drawn, others = augment()._replace(view_1=views[0], view_2=views[1]), d3ssl.other_images(batch, 32, 0.5)
     step, _ = iteration(d3ssl, "--proposals x", args, drawn)
-    normalise = timed(lambda: [common.normalise(view) for view in views])  # that much any method does
-    augment, compose = timed(augment), timed(lambda: d3ssl.network_inputs(drawn, others))
 
     def added():
-        return {"seconds": augment()["seconds"] + compose()["seconds"] - normalise()["seconds"]}
+        moments = [time.perf_counter()]
+        for run in (augment, lambda: d3ssl.network_inputs(drawn, others), lambda: [*map(common.normalise, views)]):
+            run()
+            moments.append(time.perf_counter())
+        augmented, composed, normalised = (b - a for a, b in itertools.pairwise(moments))
+        return {"seconds": augmented + composed - normalised, "augment": augmented}  # any method normalises its views
 
-    candidates = {"iteration": timed(step), "augment": augment, "augment and compose, less normalise": added}
-    compare(f"batch {batch}, {args.arch}, {size} pixels, fp32", candidates, args.repeat)
+    compare(f"batch {batch}, {args.arch}, {size} pixels, fp32", {"iteration": step, "regions": added}, args.repeat)
 
 
 # ==== Pooling =========================================================================================================
@@ -187,8 +184,8 @@ def prroi(args):
             "roi_align": lambda f=feature, b=boxes, s=stride: roi_align(f, list(b), 1, 1 / s, aligned=True),
         }
         title = f"{name}, {len(boxes)} x {len(boxes[0])} boxes"
-        compare(f"{title}, forward", {which: timed(pool) for which, pool in pools.items()}, args.repeat)
-        both = {which: timed(lambda pool=pool: pool().square().sum().backward()) for which, pool in pools.items()}
+        compare(f"{title}, forward", pools, args.repeat)
+        both = {which: lambda pool=pool: pool().square().sum().backward() for which, pool in pools.items()}
         compare(f"{title}, forward and backward", both, args.repeat)
 
 

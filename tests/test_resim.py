@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""resim.py: views, regions, Precise RoI Pooling, pyramid, one iteration and released checkpoints, each against something
-independent. Its losses: test_losses.py."""
+"""resim.py: each piece and one iteration against something independent. Its losses: test_losses.py."""
 
 import copy
 import functools
@@ -18,6 +17,7 @@ from test_losses import contrastive, over_images, over_rows
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FeaturePyramidNetwork, roi_align
 
 import common
@@ -518,22 +518,24 @@ def test_simsiam_iteration_by_hand(flags):
 
 @pytest.mark.parametrize("framework", ["moco", "simsiam"])
 def test_losses_and_pooling_stay_in_fp32_under_amp(framework, monkeypatch):
-    names = [f"{of}_{'contrastive' if framework == 'moco' else 'cosine'}_loss" for of in ("image", "region")]
-    names, seen, outputs = [*names, "prroi_pool"], [], []
+    kind, seen, outputs = "contrastive" if framework == "moco" else "cosine", [], []
+
+    def watch(name, function):
+        return lambda *a: seen.append((name, torch.is_autocast_enabled("cpu"), a)) or function(*a)
+
+    names = [f"image_{kind}_loss", f"region_{kind}_loss", "prroi_pool"]
     for name in names:
-        original = getattr(resim, name)
-        note = lambda *a, f=original, n=name: seen.append((n, a, torch.is_autocast_enabled("cpu"))) or f(*a)  # noqa: E731
-        monkeypatch.setattr(resim, name, note)
+        monkeypatch.setattr(resim, name, watch(name, getattr(resim, name)))
     method = tiny(f"--amp bf16 --framework {framework}")
     for network in filter(None, (method.query, method.key)):
         for module in (network.image_head, *network.region_heads.values()):
             module.register_forward_hook(lambda m, i, out: outputs.append(out.dtype))
     method(method.query, *tiny_batch(), step=0)
-    assert {name for name, _, _ in seen} == {*names}
-    for name, arguments, autocast in seen:
+    assert outputs == [torch.bfloat16] * (2 * 2 * 3 if framework == "moco" else 2 * 3)  # the encoders do run in bf16
+    assert {name for name, *_ in seen} == {*names}
+    for name, autocast, arguments in seen:
         assert not autocast or name == "prroi_pool"  # which turns it off by itself
         assert {x.dtype for x in arguments if isinstance(x, torch.Tensor)} <= {torch.float32, torch.bool}
-    assert outputs == [torch.bfloat16] * (2 * 2 * 3 if framework == "moco" else 2 * 3)  # the encoders do run in bf16
 
 
 @pytest.mark.parametrize("flags", ["", "--preset official", "--framework simsiam --levels c4"])
@@ -622,15 +624,13 @@ def test_picture_shows_overlap_matching_windows_and_the_heat_in_its_place(tmp_pa
     for row in range(2):  # the lower right of view q, the upper left of view k
         assert [pixel(row, 0, *at) for at in ((24, 60), (32, 60), (66, 10), (66, 18))] == [dark[0], bright[0]] * 2
         assert [pixel(row, 1, *at) for at in ((80, 40), (88, 40), (40, 94), (40, 102))] == [bright[1], dark[1]] * 2
-    colours = []
-    for box_q, box_k in zip(boxes_q[0], boxes_k[0], strict=True):
-        (colour,) = edges(0, 0, box_q)
-        assert edges(0, 1, box_k) == {colour}
-        colours.append(colour)
-        assert edges(1, 0, box_q) == {bright[0]} and edges(1, 1, box_k) == {bright[1]}  # not valid, not drawn
-    assert sorted(colours) == [(255, 176, 0), (255, 255, 255)]
-    white = colours.index((255, 255, 255))
-    assert edges(0, 2, boxes_k[0, white]) == {colours[white]} != edges(0, 2, boxes_k[0, 1 - white])
+    colours = [edges(0, 0, box) for box in boxes_q[0]]
+    assert colours == [edges(0, 1, box) for box in boxes_k[0]]
+    white = colours.index({(255, 255, 255)})
+    assert colours[1 - white] == {(255, 176, 0)} and edges(0, 2, boxes_k[0, white]) == colours[white]
+    assert not edges(0, 2, boxes_k[0, 1 - white]) & colours[white]
+    for box_q, box_k in zip(boxes_q[1], boxes_k[1], strict=True):  # not valid, not drawn
+        assert edges(1, 0, box_q) == {bright[0]} and edges(1, 1, box_k) == {bright[1]}
 
     grey = 0.299 * 30 + 0.587 * 150 + 0.114 * 90
     low, high = ([0.4 * grey + 0.6 * c for c in colour] for colour in ((0, 0, 127), (255, 204, 0)))
@@ -736,16 +736,17 @@ def test_released_checkpoints_load_into_the_model_and_back(tmp_path, capsys):
     for name in ("published", "bare"):
         released.main([str(tmp_path / name), "--out", str(tmp_path / "fpn"), "--arch", "resnet18"])
         assert f"fpn: {len(of_resnet) - 4} tensors" in capsys.readouterr().out  # all but the head's
-    backbone = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(
-        backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d
+    layers = {f"layer{i + 1}": str(i) for i in range(4)}
+    detector = nn.ModuleDict(
+        {"backbone": BackboneWithFPN(torchvision.models.resnet18(), layers, [16, 32, 64, 128], 256)}
     )
-    result = nn.ModuleDict({"backbone": backbone}).load_state_dict(torch.load(tmp_path / "fpn"), strict=False)
+    result = detector.load_state_dict(torch.load(tmp_path / "fpn"), strict=False)
     left = {f"backbone.fpn.{name}" for name in ("inner_blocks.0", "layer_blocks.0", "layer_blocks.3")}
     assert result.unexpected_keys == [] and {name.rsplit(".", 2)[0] for name in result.missing_keys} == left
     resnet, view = torchvision.models.resnet18(), common.normalise(block_views(4)[0])
     resnet.fc = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128))
     resnet.load_state_dict({name: x for name, x in of_resnet.items() if "fpn" not in name})
-    (image, (p4, p3)), maps = method.query(block_views(4)[0]), backbone(view)
+    (image, (p4, p3)), maps = method.query(block_views(4)[0]), detector["backbone"](view)
     for got, want in ((image, resnet(view)), (p4, maps["2"]), (p3, maps["1"])):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
