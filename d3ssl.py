@@ -64,7 +64,7 @@ def get_args(argv=None):
     # The defaults of --temperature, --queue-size and --ema are MoCo-v2's (D11, D12, D15).
     # fmt: off
     flag("--demo", action="store_true", help="a small complete job on built-in scenes, minutes on two CPU cores; other flags win over its settings")
-    flag("--proposals", metavar="FILE", help="the boxes of --data, made by python -m tools.proposals; those of built-in scenes are made at the start if none are given")
+    flag("--proposals", metavar="DIR", help="the boxes of --data, a folder made by python -m tools.proposals; those of built-in scenes are made at the start if none are given")
     flag("--framework", default="moco", choices=("moco", "soco"), help="D3SSL on MoCo's loss and memory bank, or its baseline SoCo-C4 (predictor, no negatives)")
     flag("--augment", default=["prc", "prm", "rbj"], nargs="*", choices=sum(AUGMENTATIONS, ()), help="the columns of Table 5: prc or soco-cutout cuts a part of each region; prm shows background in one rectangle alone, prm-erase hides it there; rbj or soco-jitter moves the boxes; no name: none of them; on SoCo soco-cutout if not given")
     flag("--depositioning", default=True, action=switch, help="L_dp (Eqs. 6 to 9) besides L_dc; SoCo has none")
@@ -86,7 +86,7 @@ def get_args(argv=None):
     if args.framework == "soco" and args.depositioning:
         parser.error("--depositioning is a loss of D3SSL: leave it out, or --framework soco")
     if args.proposals is None and args.data.partition(":")[0] != "scenes":
-        parser.error(f"give --proposals FILE, made by: python -m tools.proposals --data {args.data} --out FILE")
+        parser.error(f"give --proposals DIR, made by: python -m tools.proposals --data {args.data} --out DIR")
     return args
 
 

@@ -1146,9 +1146,8 @@ def print_settings(args):
     if args.task in ("custom", "scenes"):
         train = open_data(args, "train")
         outputs, classes, keypoints = outputs_of(args, train), len(train.categories), len(train.keypoints)
-    print0(
-        title(args, outputs), {**vars(args), **plan(args)}, build_detector(args, classes, outputs, keypoints), sep="\n"
-    )
+    rows = "\n".join(f"{name:16} {value}" for name, value in {**vars(args), **plan(args)}.items())
+    print0(f"{title(args, outputs)}\n{rows}\n{build_detector(args, classes, outputs, keypoints)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ python -m bench.speed d3ssl         what d3ssl.py's region-level augmentations a
 """
 
 import argparse
-import itertools
 import json
 import resource
 import statistics
@@ -144,7 +143,10 @@ def iterations(args):
 
 
 def regions(args):
-    """Region-level augmentations of a batch (one core, all views), composing x3 (on the device), and an iteration."""
+    """An iteration beside region-level augmentations (one core, all views) and composing x3, normalised, of a batch.
+
+    D3SSL adds what augmentations and composing take, less what normalising takes.
+    """
     size, batch = args.size, args.batch
     corner = torch.rand(batch, 20, 2) * size / 2
     proposals = torch.cat([corner, corner + size / 8 + torch.rand(batch, 20, 2) * size / 4], 2)
@@ -158,17 +160,13 @@ def regions(args):
         return d3ssl.Drawn(*(torch.stack(field) for field in zip(*drawn, strict=True)))
 
     drawn, others = augment()._replace(view_1=views[0], view_2=views[1]), d3ssl.other_images(batch, 32, 0.5)
-    step, _ = iteration(d3ssl, "--proposals x", args, drawn)
-
-    def added():
-        moments = [time.perf_counter()]
-        for run in (augment, lambda: d3ssl.network_inputs(drawn, others), lambda: [*map(common.normalise, views)]):
-            run()
-            moments.append(time.perf_counter())
-        augmented, composed, normalised = (b - a for a, b in itertools.pairwise(moments))
-        return {"seconds": augmented + composed - normalised, "augment": augmented}  # any method normalises its views
-
-    compare(f"batch {batch}, {args.arch}, {size} pixels, fp32", {"iteration": step, "regions": added}, args.repeat)
+    candidates = {
+        "iteration": iteration(d3ssl, "--proposals x", args, drawn)[0],
+        "augment": augment,
+        "compose": lambda: d3ssl.network_inputs(drawn, others),
+        "normalise": lambda: [common.normalise(view) for view in views],  # that much any method does
+    }
+    compare(f"batch {batch}, {args.arch}, {size} pixels, fp32", candidates, args.repeat)
 
 
 # ==== Pooling =========================================================================================================
@@ -195,9 +193,7 @@ CASES = {"set-loss": set_loss, "setsim": iterations, "resim": iterations, "prroi
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=CASES)
-    parser.add_argument(
-        "--repeat", type=common.number(int, 1), default=5, help="rounds; medians and ranges are over them"
-    )
+    parser.add_argument("--repeat", type=common.number(int, 1), default=5, help="rounds")
     parser.add_argument("--arch", default="resnet50", choices=common.ARCHS, help="of an iteration")
     parser.add_argument("--size", type=int, default=224, help="of an iteration: side of a view")
     parser.add_argument("--batch", type=int, default=32, help="of an iteration: images")

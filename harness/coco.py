@@ -160,9 +160,12 @@ class CocoData:
         return f"{len(self)} images, sha256 {self.digest[:16]}"
 
 
-def read_coco(path, folder, categories=None, split=None):
-    """COCO's annotation file. `split`: a subfolder to look in, if the first image is not in the folder itself.
+def read_coco(path, folder, categories=None, split=None, keep=None):
+    """COCO's annotation file.
 
+    Args:
+        split: a subfolder to look in, if the first image is not in the folder itself. keep: a set, the only fields to keep
+        while the file is parsed: the outlines of train2017 alone would take gigabytes.
     Errors:
         UserError: no such file or folder, no JSON, or see CocoData.
     """
@@ -170,7 +173,9 @@ def read_coco(path, folder, categories=None, split=None):
         raise UserError(f"{folder}: no such folder of images")
     try:
         with open(path) as file:
-            content = json.load(file)
+            content = json.load(
+                file, object_hook=keep and (lambda row: {name: row[name] for name in row.keys() & keep})
+            )
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a JSON file that can be read ({error})") from None
     with contextlib.suppress(KeyError, IndexError, TypeError):

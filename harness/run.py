@@ -69,7 +69,7 @@ class Run:
         self.epoch_steps = len(self.images) // args.batch_size
         self.total = total or args.epochs * self.epoch_steps
         self.last = self.total if args.steps is None else min(self.total, args.steps)
-        self.settings = {name: value for name, value in vars(args).items() if name not in NO_INFLUENCE} | settings
+        self.settings = settings
         weights.make_output_dir(args.output_dir)
 
     def remember_signal(self, number, frame):
@@ -128,7 +128,8 @@ class Run:
         """
         self.method, self.optimizer, self.scaler, self.exports, self.kept = method, optimizer, scaler, exports, kept
         self.bad = data.BadImages(self.images)
-        self.settings |= {"files": self.images.fingerprint(), "processes": self.processes}
+        own = {name: value for name, value in vars(self.args).items() if name not in NO_INFLUENCE}
+        self.settings = own | self.settings | {"files": self.images.fingerprint(), "processes": self.processes}
         if self.continued:
             state = weights.load_checkpoint(self.path("checkpoint.pth"), self.name, self.settings)
             method.load_state_dict(state["model"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import coordinate_image, keep_signals, record_operations, refused, write_images  # noqa: F401
+from helpers import coordinate_image, record_operations, refused, write_images
 from PIL import Image
 
 import common
@@ -635,7 +635,7 @@ def test_defaults_and_presets(fast, monkeypatch):
 
 REFUSED = {
     "--proposals y": "give --data DIR (a folder of images), or --demo",
-    "--data photos": "give --proposals FILE, made by: python -m tools.proposals --data photos --out FILE",
+    "--data photos": "give --proposals DIR, made by: python -m tools.proposals --data photos --out DIR",
     "--demo --size 225": "--size 225: must be even and at least 64",
     "--demo --size 62": "--size 62: must be even and at least 64",
     "--demo --framework soco --depositioning": "--depositioning is a loss of D3SSL",
@@ -651,14 +651,3 @@ REFUSED = {
 @pytest.mark.parametrize("flags", REFUSED)
 def test_settings_that_make_no_sense(flags, capsys):
     assert refused(capsys, d3ssl.get_args, flags).startswith(REFUSED[flags])
-
-
-def test_bank_shrinks_to_the_data(monkeypatch, tmp_path):
-    """It holds four keys of an image, of three of four steps here. SoCo has none."""
-    sizes = []
-    monkeypatch.setattr(d3ssl.proposals, "attach", lambda run, path: run.images)
-    monkeypatch.setattr(d3ssl, "build", lambda args, *_: sizes.append(args.queue_size) or 1 / 0)
-    for flags in ("", "--queue-size 9", "--framework soco", "--demo"):
-        with pytest.raises(ZeroDivisionError):
-            d3ssl.train([*f"--data scenes:{1024 + 5} {flags} --output-dir".split(), str(tmp_path)])
-    assert sizes == [3072, 9, None, 512]

@@ -51,7 +51,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder_of_images(tmp_path_factory):
-    """16 images and the file of their proposals."""
+    """16 images and the folder of their proposals."""
     folder = write_images(tmp_path_factory.mktemp("images"), 16, size=(90, 70))
     path = folder / "boxes.proposals"
     proposals.make(images.open_images(str(folder), 0, 0), str(path))
@@ -135,8 +135,7 @@ def test_killed_at_random_instants(finished, tmp_path):
     rng = random.Random(1)
     flags = [*TINY, "--output-dir", str(tmp_path), "--save-every", "1", "--print-freq", "1"]
     process = subprocess.Popen(command("d3ssl.py", *flags), start_new_session=True, stdout=subprocess.DEVNULL)
-    unfinished = tmp_path / "scenes-32-64-0.proposals.partial"
-    while process.poll() is None and not (unfinished.exists() and unfinished.stat().st_size > 1000):
+    while process.poll() is None and not (tmp_path / SCENES).exists():
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -144,14 +143,15 @@ def test_killed_at_random_instants(finished, tmp_path):
         code, _ = signal_after("d3ssl.py", *flags, line=line, number=signal.SIGKILL)
         assert code in (-signal.SIGKILL, 0)
     run("d3ssl.py", *flags)
-    assert (tmp_path / SCENES).read_bytes() == (folder / SCENES).read_bytes()
+    for path in (folder / SCENES).iterdir():
+        assert (tmp_path / SCENES / path.name).read_bytes() == path.read_bytes()
     for name in ("model", "optimizer", "step"):
         assert_same(checkpoint(tmp_path)[name], checkpoint(folder)[name])
     assert [line["step"] for line in log_lines(tmp_path) if "loss" in line] == list(range(1, 9))
 
 
-def test_a_folder_with_its_file_of_proposals(folder_of_images, tmp_path):
-    """Two processes, the file made elsewhere, an unreadable image: named, and replaced together with its boxes."""
+def test_a_folder_with_its_proposals(folder_of_images, tmp_path):
+    """Two processes, proposals made elsewhere, an unreadable image: named, and replaced together with its boxes."""
     images, path = folder_of_images
     copy = tmp_path / "copy"
     shutil.copytree(images, copy)
@@ -207,8 +207,8 @@ def test_bad_input_in_one_clear_line(finished, folder_of_images, tmp_path):
     (other / "0000.png").rename(other / "new.png")
     torch.save({}, tmp_path / "x.pth")
     for flags, words in (
-        (["--data", images, "--proposals", tmp_path / "nowhere"], "no such file"),
-        (["--data", images, "--proposals", tmp_path / "x.pth"], "not a file of proposals"),
+        (["--data", images, "--proposals", tmp_path / "nowhere"], "nowhere/meta.json: No such file"),
+        (["--data", images, "--proposals", tmp_path / "x.pth"], "x.pth/meta.json: Not a directory.* delete it first"),
         (["--data", other, "--proposals", path], "new.png"),
         (["--data", "scenes:32", "--proposals", path], "scene"),
         (["--data", tmp_path / "none", "--proposals", path], "no such folder"),

@@ -11,14 +11,15 @@ import torch
 from helpers import block_views, coordinate_image, lifted, record_operations, refused
 from PIL import Image
 from torch import nn
+from torch.testing import assert_close
 
 import common
 import setsim
 from harness import look
 
-# ----------------------------------------------------------------------------------------------------------------------
-# views and geometry
-# ----------------------------------------------------------------------------------------------------------------------
+pytestmark = pytest.mark.usefixtures("tiny_resnet")
+
+# ==== Views and geometry ==============================================================================================
 
 
 def test_windows_say_where_every_cell_lies(monkeypatch):
@@ -80,9 +81,7 @@ def test_geometry_of_known_windows():
     assert setsim.geometry_pairs(wide, wide, 7, 7).sum() == 49 + 84  # in fractions of the image cells are flat
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# matcher
-# ----------------------------------------------------------------------------------------------------------------------
+# ==== Matcher =========================================================================================================
 
 
 def test_attention_on_a_worked_example():
@@ -247,9 +246,7 @@ def test_match_hands_each_matcher_the_right_tensors(official):
         assert torch.equal(found("geometry", "0.7", geometry).positives, setsim.geometry_pairs(*windows, 4, 5, T))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# one iteration
-# ----------------------------------------------------------------------------------------------------------------------
+# ==== One iteration ===================================================================================================
 
 GROUP = common.GROUP
 
@@ -260,12 +257,13 @@ def groups_of_four(monkeypatch):
 
 
 def tiny(flags=""):
-    """A method whose maps have 2 x 2 cells, and whose two networks differ on MoCo."""
+    """A method whose maps have 2 x 2 cells and whose networks differ on MoCo. At the start the key network is a copy."""
     base = "--data scenes --arch resnet18 --size 64 --batch-size 8 --queue-size 20"
     method, rng = setsim.build(setsim.get_args([*base.split(), *flags.split()]), torch.device("cpu")), torch.Generator()
     with torch.no_grad():
-        for p in method.key.parameters() if method.key else ():
-            p.add_(0.01 * torch.randn(p.shape, generator=rng))
+        for p, start in zip(method.key.parameters(), method.query.parameters(), strict=True) if method.key else ():
+            assert torch.equal(p, start) and p is not start and not p.requires_grad
+            p.add_(0.03 * torch.randn(p.shape, generator=rng))
     return method
 
 
@@ -346,22 +344,15 @@ def test_iteration_by_hand(flags):
         value = value if name in ("std_spread", "loss_chance") else value.item()  # numbers to compare with, or tensors
         assert type(value) is float and value == pytest.approx(np.mean([w[name] for w in wants]), rel=1e-4), name
     want = sum(losses) / len(losses)
-    torch.testing.assert_close(loss, want)
+    assert_close(loss, want)
     gradients = torch.autograd.grad(want, [*hand.query.parameters()])
     for (name, p), gradient in zip(method.query.named_parameters(), gradients, strict=True):
-        torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-5, msg=name)
+        assert_close(p.grad, gradient, rtol=1e-3, atol=1e-5, msg=name)
     for key in keys if moco else ():  # of cells: averaged first, then normalised (S11)
         hand.image_queue.enqueue(unit(key.image))
         hand.set_queue.enqueue(unit(key.cells.mean(1)))
     assert all(p.grad is None for p in method.key.parameters()) if moco else method.key is None
-    for name, tensor in hand.state_dict().items():  # the key network's running statistics are its own
-        torch.testing.assert_close(method.state_dict()[name], tensor, msg=name)
-
-
-def test_key_network_starts_equal():
-    method = setsim.build(setsim.get_args(["--data", "x", "--arch", "resnet18"]), torch.device("cpu"))
-    for query, key in zip(method.query.parameters(), method.key.parameters(), strict=True):
-        assert torch.equal(query, key) and query is not key and not key.requires_grad
+    assert_close({**method.state_dict()}, {**hand.state_dict()})  # the key network's running statistics are its own
 
 
 @pytest.mark.parametrize("framework", ["moco", "simsiam"])
@@ -412,18 +403,18 @@ def test_a_weight_of_0_is_the_baseline_without_dense_branch(framework):
 
 def test_heads():
     """MoCo-v2's projector, and SimSiam's with its predictor (S17), for the image and in 1x1 convolutions for cells."""
-    network = tiny().query
-    for head in (network.image_head, network.cell_head):
-        assert [m.weight.shape[:2] for m in head[::2]] == [(512, 512), (128, 512)] and type(head[1]) is nn.ReLU
-    network = tiny("--framework simsiam").query
-    assert all((block.bn2.weight == 0).all() for block in network.trunk.layer4)  # B16: the last gain of each branch
-    for projector, predictor in (
-        (network.image_head, network.image_predictor),
-        (network.cell_head, network.cell_predictor),
-    ):
-        assert [m.weight.shape[:2] for m in projector[::3]] == [(512, 512)] * 3
+    with torch.device("meta"):
+        moco, simsiam = (setsim.Encoder("resnet50", framework) for framework in ("moco", "simsiam"))
+    for head in (moco.image_head, moco.cell_head):
+        assert [m.weight.shape[:2] for m in head[::2]] == [(2048, 2048), (128, 2048)] and type(head[1]) is nn.ReLU
+    for of in ("image", "cell"):
+        projector, predictor = getattr(simsiam, f"{of}_head"), getattr(simsiam, f"{of}_predictor")
+        assert [m.weight.shape[:2] for m in projector[::3]] == [(2048, 2048)] * 3
         assert type(projector[-1]).__name__.startswith("BatchNorm") and projector[-1].weight is None
-        assert predictor[0].weight.shape[:2] == (128, 512) and predictor[-1].bias is not None
+        assert [m.weight.shape[:2] for m in predictor[::3]] == [(512, 2048), (2048, 512)]
+        assert predictor[0].bias is None and predictor[-1].bias is not None
+    trunk = tiny("--framework simsiam").query.trunk
+    assert all((block.bn2.weight == 0).all() for block in trunk.layer4)  # B16: the last gain of each branch
 
 
 @torch.no_grad()
@@ -441,9 +432,7 @@ def test_method_measures_and_draws_what_its_loss_sees(framework, tmp_path, monke
     assert torch.equal(found.similarity, similarity)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# settings
-# ----------------------------------------------------------------------------------------------------------------------
+# ==== Settings ========================================================================================================
 
 SAME = dict(matcher="set2set-nn", set="0.7", geometry=None, symmetric=False, lr=0.03, arch="resnet50", size=224, amp="none",
             batch_size=256, epochs=200, queue_size=None, ema=0.999, temperature=0.2, loss_weight=0.5)  # fmt: skip
@@ -547,9 +536,7 @@ def test_settings_that_make_no_sense(flags, words, capsys):
     assert refused(capsys, setsim.get_args, flags).startswith(words)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# pieces to lift out
-# ----------------------------------------------------------------------------------------------------------------------
+# ==== Pieces to lift out ==============================================================================================
 
 
 def test_pieces_work_alone(monkeypatch):

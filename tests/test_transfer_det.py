@@ -895,6 +895,8 @@ def test_voc_evaluation(tmp_path):
     def curve(results):
         return metrics.evaluate_voc(rows, results, [12])["AP_by_IoU"]
 
+    hard = [*rows, rows[0] | {"bbox": [60, 30, 9, 9], "difficult": 1}]  # need not be found
+    assert metrics.evaluate_voc(hard, dogs, [12])["AP"] == pytest.approx(100)
     shifted = curve([one | {"bbox": [10, 20, 20, 35]} for one in dogs])  # overlap 20 / 35 = .571
     assert shifted["50"] == shifted["55"] == pytest.approx(100) and shifted["60"] == 0
     assert curve(dogs[:1])["50"] == pytest.approx(600 / 11)
