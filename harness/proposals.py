@@ -2,10 +2,8 @@
 """Selective-search boxes of a data set: find them, keep them in a folder of numpy files, attach them to images.
 
 Uijlings et al., "Selective Search for Object Recognition", IJCV 2013, as OpenCV has it. A box is kept as in SoCo (Wei
-et al., NeurIPS 2021): if all three rules hold; if that leaves none, by the second alone; then by the first alone.
-    1. side: w >= 32 and h >= 32 pixels
-    2. ratio: 1/3 <= w/h <= 3
-    3. size: 0.3 <= sqrt(w h) / sqrt(W H) <= 0.8
+et al., NeurIPS 2021): if all three rules hold; if that leaves none, by the ratio alone; then by the side alone.
+    side: w >= 32 and h >= 32 pixels; ratio: 1/3 <= w/h <= 3; size: 0.3 <= sqrt(w h) / sqrt(W H) <= 0.8
 
 DEVIATION: D1. The search is OpenCV's instead of SoCo's, which lists many boxes twice; `single` has the settings of
 SoCo's segmentation. Where a fifth of the image's short side is under 32 pixels, it takes their place, or thumbnails
@@ -23,7 +21,6 @@ Until then part-001000.npz holds the images from number 1000 on, and so forth. T
 number of workers and interruptions (on the same kind of processor, with the same versions).
 """
 
-import errno
 import io
 import json
 import os
@@ -71,8 +68,8 @@ def opencv():
 def search(image, strategy):
     """All boxes that selective search finds, before any filter. OpenCV lists them in another order at each call.
 
-    image: PIL image, RGB, W x H. strategy: one of STRATEGIES. Returns (n, 4) int64: x0, y0, x1, y1 in pixels,
-    0 <= x0 < x1 <= W, 0 <= y0 < y1 <= H; sorted, none twice.
+    image: PIL image, RGB, W x H. strategy: of STRATEGIES. Returns (n, 4) int64 x0, y0, x1, y1 in pixels, 0 <= x0 < x1
+    <= W, 0 <= y0 < y1 <= H; sorted, none twice.
     """
     W, H = image.size
     small = image
@@ -111,12 +108,9 @@ def keep(boxes, W, H):
 
 
 class Proposals:
-    """The boxes of a data set, read from a folder that `make` made. Works without OpenCV.
+    """The boxes of a data set, read from its folder: self[index] is (n, 4) int32, index as in `images.open_images`.
 
-    `len(proposals)` is the number of images, `proposals[index]` the (n, 4) int32 boxes x0, y0, x1, y1 of one (n may be
-    0), in pixels of the whole image, index as in `images.open_images`. boxes, offsets, sizes, rules: the arrays, in
-    memory that all processes share. meta: what meta.json says.
-
+    boxes, offsets, sizes, rules: the arrays, in memory that all processes share. meta: the content of meta.json.
     Errors: UserError, no such folder, not finished, or a file in it is missing or cut off.
     """
 
@@ -152,9 +146,8 @@ class Proposals:
     def check(self, images):
         """Find a data set's images here. There may be more: proposals of all serve a part of them.
 
-        images: see images.open_images. Returns (len(images),) int64 rows: images[i] has the boxes self[rows[i]].
-        Errors: UserError, an image is missing here, scenes of another size, seed or count, or (seen in eight images)
-        other pictures under the same names.
+        Returns (len(images),) int64 rows: images[i] has the boxes self[rows[i]]. Errors: UserError, an image is missing
+        here, scenes of another size, seed or count, or (seen in eight images) other pictures under the same names.
         """
         rows, remedy = np.arange(len(images)), "make proposals of these with python -m tools.proposals"
         own, wanted = self.meta["fingerprint"], images.fingerprint()
@@ -241,8 +234,7 @@ def search_rest(images, folder, settings, workers, stop, part):
     Errors: UserError, an image of the list is gone, no space. What was found before any error is saved.
     """
     (_, done), found = saved_parts(folder, settings), []
-    before = f", {done} are done" if done else ""
-    print(f"proposals: {settings['fingerprint']}{before}; {settings['strategy']}; {workers} workers", flush=True)
+    print(f"proposals: {settings['fingerprint']}; {settings['strategy']}; {done} done; {workers} workers", flush=True)
     loader = torch.utils.data.DataLoader(
         Search(images, settings["strategy"]),
         batch_size=None,
@@ -296,9 +288,7 @@ def make(images, folder, strategy="single", workers=0, stop=lambda: False, part=
         versions = f"opencv {opencv().__version__}, pillow {PIL.__version__}, numpy {np.__version__}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            names = [path.name for path in folder.iterdir()]
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(errno.EACCES, "no permission to write there")
+            names = os.listdir(folder)
         except OSError as error:
             remedy = "give a folder that can be written (a file of an earlier version: delete it first)"
             raise UserError(f"{folder}: {error.strerror}: {remedy}") from None
@@ -319,10 +309,9 @@ def make(images, folder, strategy="single", workers=0, stop=lambda: False, part=
 
 
 class WithProposals:
-    """Images and their boxes: self[index] is (image, (n, 4) fp32 boxes in its pixels) and the unreadable images passed
-    over. images: see images.open_images. proposals: Proposals.
+    """Images and their boxes: self[index] is (image, (n, 4) fp32 boxes in its pixels), unreadable images passed over.
 
-    Errors: UserError, boxes are missing, or were made for other images.
+    images: see images.open_images. proposals: Proposals. Errors: UserError, made for other images.
     """
 
     def __init__(self, images, proposals):
@@ -351,10 +340,8 @@ class WithProposals:
 
 
 def attach(run, folder):
-    """The images of a Run with their proposals. Those of built-in scenes are made first if `folder` is None.
-
-    Errors: UserError, see make. SystemExit(0), after a signal; the same command continues.
-    """
+    """The images of a Run with their proposals. Those of built-in scenes are made first if `folder` is None. A signal
+    then ends the process, and the same command continues."""
     if folder is None:
         images = run.images
         folder = run.path(f"scenes-{images.count}-{images.size}-{images.seed}.proposals")

@@ -370,7 +370,7 @@ def _paint(canvas, owner, number, item, colors, light):
     second = second * (shade - third)
     paint = np.tensordot(colors.T, np.stack([shade - third - second, second, third]), 1)
     shadow = (1 - alpha) * np.clip(0.6 + distance * 4, 0, 1)  # soft contact shadow around the object
-    canvas[:, *window] = canvas[:, *window] * shadow + paint
+    canvas[(slice(None), *window)] = canvas[(slice(None), *window)] * shadow + paint
     owner[window][distance < 0] = number
     rotation = np.array([[c * half * stretch, s * half * stretch], [-s * half, c * half]])
     return full_area, np.asarray(points) @ rotation + (cx, cy)

@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import errno
+import importlib
 import io
 import os
 import pathlib
@@ -92,7 +93,7 @@ def load_checkpoint_file(path):
     Errors:
         UserError: missing, unreadable, not a checkpoint, or one that needs code to be run to open it.
     """
-    multiarray = np._core.multiarray
+    multiarray = importlib.import_module("numpy._core.multiarray")
     safe = [argparse.Namespace, pathlib.PosixPath, np.dtype, np.ndarray]
     safe += [getattr(np.dtypes, name) for name in ("Float64DType", "Float32DType", "Int64DType", "BoolDType")]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # the name before and since numpy 2

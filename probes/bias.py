@@ -17,8 +17,8 @@ and 7. Canvases are put together from annotated objects; each stage of a frozen 
 DATA/annotations/instances_SPLIT.json and DATA/SPLIT/ are COCO's layout; masks are used where there are any. OUTPUT_DIR
 gets results.json, bias.png (Figures 3b and 4b), coupling.png and position.png (canvases, Figures 3a and 4a).
 
-Sizes, the objects, and what exactly is divided are not printed in the paper (AMBIGUOUS: D36, D37), so that values of this
-script can be compared with one another, at equal settings, and with the paper's in their order alone.
+The paper does not print sizes, the objects, and what exactly is divided (AMBIGUOUS: D36, D37). Values of this script can
+be compared with one another, at equal settings, and with the paper's in their order alone.
 """
 
 import argparse
@@ -29,35 +29,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision import ops
+from torchvision import ops, utils
 from torchvision.transforms import functional as TF
 
 import common
-import harness.images
-import harness.legacy
-import harness.pictures
-import harness.run
-from common import UserError
-from probes.frozen import (
-    HELD_OUT,
-    CocoObjects,
-    SceneObjects,
-    frozen_trunk,
-    header,
-    one_process,
-    readable,
-    require_own_folder,
-    scene_count,
-    write_results,
-)
+from common import UserError, number
+from harness import pictures
+from harness.images import BadImages
+from harness.run import main
+from probes import frozen
 
 STAGES = ("C2", "C3", "C4", "C5")
-KINDS = ("CR", "MCS")
+KINDS = {"CR": "coupling rate", "MCS": "mean cosine similarity"}
 SMALLEST = 32  # AMBIGUOUS: D36. Pixels; objects with a shorter side are left out, they would be little but blur
 SCENE = 448  # pixels a side: objects of scenes are then about as large as the squares that they go into
-BATCH = 16  # canvases at once
+BATCH, SHOWN = 16, 6  # canvases at once; in a picture
 DRAWS = 100  # images tried for one object
-SHOWN = 6  # canvases in a picture
 
 
 def get_args(argv=None):
@@ -70,57 +57,44 @@ def get_args(argv=None):
     flag("--split", default="val2017", help="whose objects are used")
     flag("--arch", default="resnet50", choices=common.ARCHS, help="torchvision ResNet that the weights belong to, all of them")
     # AMBIGUOUS: D36, D37
-    flag("--count", default=500, type=int, metavar="N", help="pairs for CR, and as many objects for MCS")
+    flag("--count", default=500, type=number(int, 1), metavar="N", help="pairs for CR, and as many objects for MCS")
     flag("--cut", default="mask", choices=("mask", "box"), help="an object is what is inside its outline (its box where it has none), black around it; or all that is in its box")
-    flag("--pair-size", default=128, type=int, help="CR: side of an object's square in pixels, the canvas has twice as much; multiples of 64 put its edges onto edges of cells in all stages")
-    flag("--grid-size", default=96, type=int, help="MCS: side of an object's square in pixels, a multiple of 32; the canvas has three times as much")
-    flag("--seed", default=0, type=int, help="of the objects, the scenes and random backbones")
+    flag("--pair-size", default=128, type=number(int, 32), help="CR: side of an object's square in pixels, the canvas has twice as much; multiples of 64 put its edges onto edges of cells in all stages")
+    flag("--grid-size", default=96, type=number(int, 32), help="MCS: side of an object's square in pixels, a multiple of 32; the canvas has three times as much")
+    flag("--seed", default=0, type=number(int, 0), help="of the objects, the scenes and random backbones")
     # fmt: on
     args = parser.parse_args(argv)
-    if args.pair_size % 16:
-        raise UserError(f"--pair-size {args.pair_size}: must be a multiple of 16, so that the canvas is one of 32")
-    harness.legacy.check_range(args, count=(1, None), pair_size=(32, None), grid_size=(32, None), seed=(0, None))
-    if args.grid_size % 32:
-        raise UserError(
-            f"--grid-size {args.grid_size}: must be a multiple of 32, or cells of C5 would lie across objects"
-        )
+    for name, step in (("pair_size", 16), ("grid_size", 32)):
+        if getattr(args, name) % step:
+            parser.error(f"--{name.replace('_', '-')} must be a multiple of {step}, so that the canvas is one of 32")
     return args
 
 
 def parse_weights(words):
     """["ours=a.pth", "b.pth"] -> {"ours": "a.pth", "b": "b.pth", "random": "random"}: random weights are always there.
 
-    Errors:
-        UserError: no name; one that stands for something else already.
+    Errors: UserError, no name or file; a name that stands for something else already.
     """
     found = {}
     for word in words:
         name, equals, source = word.partition("=")
-        if not equals or os.path.exists(word):
+        if not equals:
             name, source = os.path.splitext(os.path.basename(word))[0], word
-        if not name or not source:
-            raise UserError(f"--weights {word}: write NAME=FILE")
-        if name in found or name == "random" != source:
-            raise UserError(f"--weights {word}: {name} is another one's name: write NAME=FILE with names of their own")
+        if not (name and source) or name in found or name == "random" != source:
+            raise UserError(f"--weights {word}: write NAME=FILE with names of their own")
         found[name] = source
-    if "random" not in found.values():
-        found["random"] = "random"  # PAPER: section 3.2 sets the others against random initialisation
-    return found
+    # PAPER: section 3.2 sets the others against random initialisation
+    return found if "random" in found.values() else found | {"random": "random"}
 
 
-# ======================================================================================================================
-# Canvases
-# ======================================================================================================================
+# ==== Canvases ========================================================================================================
 
 
 def cut_out(image, box, mask, side):
-    """An object, stretched to a square.
+    """An object, stretched to a square: (3, side, side) uint8.
 
-    Args:
-        image: PIL, W x H. box: x0 y0 x1 y1 in pixels, taken to whole ones outwards. mask: (H, W) bool, what is outside
-        becomes black; None: nothing does.
-    Returns:
-        (3, side, side) uint8
+    Args: image: PIL, W x H. box: x0 y0 x1 y1 in pixels, taken to whole ones outwards. mask: (H, W) bool, what is outside
+    becomes black; None: nothing does.
     """
     if mask is not None:
         image = Image.composite(image, Image.new("RGB", image.size), Image.fromarray(mask))
@@ -134,18 +108,11 @@ def pair_canvases(a, b):
 
     AMBIGUOUS: D36. Two squares that touch in the middle of a canvas of twice their side, A to the left.
 
-    Args:
-        a, b: (3, s, s) uint8.
-    Returns:
-        (A beside B, A alone): (3, 2s, 2s) each; boxes of A and B: `pair_boxes`.
+    Args: a, b: (3, s, s) uint8. Returns: (A beside B, A alone), (3, 2s, 2s) each.
     """
-    side = a.shape[-1]
-    beside = a.new_zeros(3, 2 * side, 2 * side)
-    (ax, ay, *_), (bx, by, *_) = pair_boxes(side)
-    beside[:, ay : ay + side, ax : ax + side] = a
-    alone = beside.clone()
-    beside[:, by : by + side, bx : bx + side] = b
-    return beside, alone
+    side, top = a.shape[-1], a.shape[-1] // 2
+    alone = F.pad(a, (0, side, top, side - top))
+    return alone + F.pad(b, (side, 0, top, side - top)), alone
 
 
 def pair_boxes(side):
@@ -165,52 +132,46 @@ class Canvases:
     PAPER: section 3.1, "pairs of objects (A and B) belonging to different categories". AMBIGUOUS: D36. An object is drawn
     by its image, then among those of the image that are large enough.
 
-    Args:
-        objects: CocoObjects or SceneObjects. pair_side, grid_side: s and g. cut: "mask" or "box".
+    Args: objects: CocoObjects or SceneObjects. pair_side, grid_side: s and g. cut: "mask" or "box".
     """
 
     def __init__(self, objects, pair_side, grid_side, cut, seed):
         self.objects, self.sides, self.cut, self.seed = objects, (pair_side, grid_side), cut, seed
-        self.bad = harness.images.BadImages(objects)
+        self.bad = BadImages(objects, outcome="it is passed over")
 
     def __getitem__(self, i):
-        """(A beside B, A alone (3, 2s, 2s), A in all places of a grid (3, 3g, 3g)), uint8.
-
-        Errors:
-            UserError: there are not two large enough objects of different categories; images that cannot be read.
-        """
+        """(A beside B, A alone (3, 2s, 2s), A in all places of a grid (3, 3g, 3g)), uint8. Errors: see `draw`."""
         rng = common.generator("pair", self.seed, i)
-        item, row = self.draw(rng, None)
-        other, other_row = self.draw(rng, item.labels[row])
-        a, grid = (self.cut_out(item, row, side) for side in self.sides)
-        return *pair_canvases(a, self.cut_out(other, other_row, self.sides[0])), grid_canvas(grid)
+        label, a, grid = self.draw(rng, None, self.sides)
+        _, b = self.draw(rng, label, self.sides[:1])
+        return *pair_canvases(a, b), grid_canvas(grid)
 
-    def draw(self, rng, label):
-        """(Annotated, row of one of its objects) of another category than `label`."""
+    def draw(self, rng, label, sides):
+        """An object of another category than `label`: (its label, *squares of these sides).
+
+        Errors: UserError, too few objects, too small ones, or images that cannot be read.
+        """
         for _ in range(DRAWS):
-            index = torch.randint(len(self.objects), (), generator=rng).item()
-            item, passed = readable(self.objects, index)
-            if passed:
-                self.bad.note(torch.tensor([index]), torch.tensor([passed]))
+            index = torch.randint(len(self.objects), (), generator=rng)
+            try:
+                item = self.objects[index.item()]
+            except OSError:
+                self.bad.note(index[None], torch.ones(1, dtype=torch.int64))
                 self.bad.share()
+                continue
             fits = (item.boxes[:, 2:] - item.boxes[:, :2]).amin(1) >= SMALLEST
             rows = (fits & (item.labels != label) if label is not None else fits).nonzero()[:, 0]
             if len(rows):
-                return item, rows[torch.randint(len(rows), (), generator=rng)].item()
+                row = rows[torch.randint(len(rows), (), generator=rng)].item()
+                mask = item.mask(row) if self.cut == "mask" else None
+                return item.labels[row], *(cut_out(item.image, item.boxes[row].tolist(), mask, side) for side in sides)
+        second = "" if label is None else " and of a second category"
         raise UserError(
-            f"{DRAWS} images without an object of {SMALLEST} pixels a side"
-            + (" and of a second category" if label is not None else "")
-            + ": the data do for no pairs"
+            f"{DRAWS} images without an object of {SMALLEST} pixels a side{second}: the data do for no pairs"
         )
 
-    def cut_out(self, item, row, side):
-        mask = item.mask(row) if self.cut == "mask" else None
-        return cut_out(item.image, item.boxes[row].tolist(), mask, side)
 
-
-# ======================================================================================================================
-# Features and measures, each of one stage
-# ======================================================================================================================
+# ==== Features and measures, each of one stage ========================================================================
 
 
 def box_features(maps, box, side):
@@ -218,10 +179,7 @@ def box_features(maps, box, side):
 
     So a box on whole cells gives the mean of these and nothing of the cells around it; 7 x 7 bins would read from them.
 
-    Args:
-        maps: (N, C, H, W) of square canvases. box: x0 y0 x1 y1 in pixels. side: of the canvases, in pixels.
-    Returns:
-        (N, C) float32
+    Args: maps: (N, C, H, W) of square canvases. box: x0 y0 x1 y1 in pixels. side: of the canvases. Returns: (N, C) float32
     """
     scale, (x0, y0, x1, y1) = maps.shape[-1] / side, box
     rows = [torch.tensor([box], dtype=maps.dtype, device=maps.device)] * len(maps)
@@ -235,41 +193,27 @@ def coupling_rate(a_beside_b, a_alone, b):
     AMBIGUOUS: D36. Numerator: A beside B; denominator: A alone; b: the feature of B beside A, as only two canvases are
     described. The paper's values over 1 that rise with depth fit this order alone.
 
-    Args:
-        a_beside_b, a_alone, b: (N, C).
-    Returns:
-        (N,); not finite where A alone has nothing in common with B.
+    Args: (N, C) each. Returns: (N,); not finite where A alone has nothing in common with B.
     """
     return F.cosine_similarity(a_beside_b, b) / F.cosine_similarity(a_alone, b)
 
 
-def grid_features(maps):
-    """(N, C, H, W) of canvases of `grid_canvas`, H and W divisible by 3 -> (N, C, 3, 3): mean over each place's cells."""
-    return F.adaptive_avg_pool2d(maps.float(), 3)
-
-
-def mean_cosine(places):
+def mean_cosine(maps):
     """PAPER: section 3.2. MCS of each canvas: mean cosine of the middle place's feature with the eight others.
 
-    Args:
-        places: (N, C, 3, 3).
-    Returns:
-        (N,), at most 1.
+    Args: (N, C, H, W), H and W divisible by 3; the feature of a place is the mean of its cells. Returns: (N,), at most 1.
     """
-    places = F.normalize(places.flatten(2), dim=1)  # (N, C, 9)
+    places = F.normalize(F.adaptive_avg_pool2d(maps.float(), 3).flatten(2), dim=1)  # (N, C, 9)
     cosines = (places[:, :, 4:5] * places).sum(1)  # (N, 9), its own of 1 in the middle
     return (cosines.sum(1) - cosines[:, 4]) / 8
 
 
 @torch.no_grad()
 def measure(trunk, beside, alone, grid):
-    """CR and MCS of some canvases in each stage.
+    """CR and MCS of some canvases in each stage, (N, stages) each.
 
-    Args:
-        trunk: normalised images -> a list of maps, one for each stage. beside, alone: (N, 3, 2s, 2s), grid: (N, 3, 3g, 3g),
-        uint8.
-    Returns:
-        (N, stages) each
+    Args: trunk: normalised images -> a list of maps, one for each stage. beside, alone: (N, 3, 2s, 2s), grid: (N, 3, 3g,
+    3g), uint8.
     """
     side, (a, b) = beside.shape[-1], pair_boxes(beside.shape[-1] // 2)
     rates = [
@@ -277,7 +221,7 @@ def measure(trunk, beside, alone, grid):
         for together, single in zip(trunk(common.normalise(beside)), trunk(common.normalise(alone)), strict=True)
     ]
     # AMBIGUOUS: D37. An object's side is a multiple of all strides: only the borders tell one place from another.
-    similarities = [mean_cosine(grid_features(maps)) for maps in trunk(common.normalise(grid))]
+    similarities = [mean_cosine(maps) for maps in trunk(common.normalise(grid))]
     return torch.stack(rates, 1), torch.stack(similarities, 1)
 
 
@@ -290,21 +234,18 @@ def statistics(values):
     for stage, column in zip(STAGES, values.double().T, strict=True):
         column = column[column.isfinite()]
         count = len(column)
-        mean = column.mean().item() if count else None
         error = column.std().item() / count**0.5 if count > 1 else None
-        result[stage] = {"mean": mean, "error": error, "count": count}
+        result[stage] = {"mean": column.mean().item() if count else None, "error": error, "count": count}
     return result
 
 
-# ======================================================================================================================
-# Pictures
-# ======================================================================================================================
+# ==== Pictures ========================================================================================================
 
 
 def draw_plots(path, results):
     """PAPER: Figures 3b and 4b, side by side: CR and MCS by stage, a line for each backbone, two standard errors as bars."""
-    figure, axes = harness.pictures.pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, kind, title in zip(axes, KINDS, ("coupling rate", "mean cosine similarity"), strict=True):
+    figure, axes = pictures.pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
         for name, result in results.items():
             values = [(result[kind][stage]["mean"], result[kind][stage]["error"]) for stage in STAGES]
             means, errors = np.array(values, float).T  # None becomes nan, which is not drawn
@@ -312,55 +253,35 @@ def draw_plots(path, results):
         axis.axhline(1, color="k", ls="--", lw=0.8)
         axis.set(title=title, xlabel="stage (bars: two standard errors)")
         axis.legend(fontsize=8)
-    harness.pictures.save_figure(figure, path, dpi=120)
+    pictures.save_figure(figure, path, dpi=120)
 
 
-def draw_canvases(path, rows):
-    """PAPER: Figures 3a and 4a. Args: {title: (n, 3, side, side) uint8}, a row of pictures each."""
-    count = max(map(len, rows.values()))
-    figure, axes = harness.pictures.pyplot().subplots(
-        len(rows), count, figsize=(2 * count, 2.25 * len(rows)), layout="constrained", squeeze=False
-    )
-    for line, (title, canvases) in zip(axes, rows.items(), strict=True):
-        for axis in line:
-            axis.set_axis_off()
-        for axis, canvas in zip(line, canvases, strict=False):
-            axis.imshow(canvas.permute(1, 2, 0).numpy())
-        line[0].set_title(title, loc="left", fontsize=10)
-    harness.pictures.save_figure(figure, path, dpi=100)
+def draw_canvases(path, *rows):
+    """PAPER: Figures 3a and 4a. Args: rows of pictures, (n, 3, side, side) uint8 each."""
+    sheet = utils.make_grid(torch.cat(rows), len(rows[0]), padding=8, pad_value=255)
+    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
 
 
-# ======================================================================================================================
-# All of it
-# ======================================================================================================================
-
-
-def main(argv=None):
+def job(argv=None):
     args = get_args(argv)
-    device = one_process()
-    require_own_folder(args.output_dir, vars(args))
-    harness.pictures.pyplot()  # to miss it now and not after the work
-    count = scene_count(args.data)
-    objects = SceneObjects(HELD_OUT, count, SCENE, args.seed) if count else CocoObjects(args.data, args.split, True)
-    if not count and len(np.unique(objects.labels)) < 2:
-        raise UserError(f"--data {args.data}: all objects are of one category, a pair needs two")
-    trunks = {}
-    for name, source in parse_weights(args.weights).items():
-        trunks[name], _, line = frozen_trunk(source, args.arch, args.seed, device)
-        print(f"{name}: {line}", flush=True)
+    device = frozen.one_process()
+    frozen.require_own_folder(args.output_dir, vars(args))
+    pictures.pyplot()  # to miss it now and not after the work
+    objects = frozen.open_objects(args, args.split, SCENE, masks=True)
     canvases = Canvases(objects, args.pair_size, args.grid_size, args.cut, args.seed)
+    trunks, found, path = {}, {}, os.path.join(args.output_dir, "{}.png").format
+    for name, source in parse_weights(args.weights).items():
+        print(name, end=": ")
+        trunks[name], found[name] = frozen.frozen_trunk(source, args.arch, args.seed, device), []
 
-    found = {name: [] for name in trunks}
-    for first in harness.pictures.progress(range(0, args.count, BATCH), -(-args.count // BATCH), what="batches"):
+    for first in pictures.progress(range(0, args.count, BATCH), -(-args.count // BATCH), what="batches"):
         batch = [canvases[i] for i in range(first, min(first + BATCH, args.count))]
-        beside, alone, grid = map(torch.stack, zip(*batch, strict=True))
+        batch = beside, alone, grid = [torch.stack(some) for some in zip(*batch, strict=True)]
         if first == 0:
-            shown = {"A beside B": beside[:SHOWN], "A alone": alone[:SHOWN]}
-            draw_canvases(os.path.join(args.output_dir, "coupling.png"), shown)
-            draw_canvases(os.path.join(args.output_dir, "position.png"), {"A in nine places": grid[:SHOWN]})
+            draw_canvases(path("coupling"), beside[:SHOWN], alone[:SHOWN])
+            draw_canvases(path("position"), grid[:SHOWN])
         for name, trunk in trunks.items():
-            values = measure(trunk, *(x.to(device) for x in (beside, alone, grid)))
-            found[name].append(torch.stack(values).cpu())  # (2, N, stages)
+            found[name].append(torch.stack(measure(trunk, *(x.to(device) for x in batch))).cpu())  # (2, N, stages)
 
     results = {}
     for name, parts in found.items():
@@ -370,10 +291,9 @@ def main(argv=None):
             line = "  ".join("{} {:.4f} +- {:.4f}".format(stage, *pair) for stage, pair in values.items())
             print(f"{kind:3} {line}  {name}")
     print(f"means and their standard errors over {args.count} canvases")
-    draw_plots(os.path.join(args.output_dir, "bias.png"), results)
-    write_results(args.output_dir, header("probes.bias", argv, vars(args)) | {"results": results})
-    print(f"{args.output_dir}: {', '.join(sorted(os.listdir(args.output_dir)))}")
+    draw_plots(path("bias"), results)
+    frozen.write_results(args.output_dir, "probes.bias", argv, vars(args), {"results": results})
 
 
 if __name__ == "__main__":
-    harness.run.main(main)
+    main(job)

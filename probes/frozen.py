@@ -18,6 +18,7 @@ from common import UserError
 from harness import coco, images, run, scenes, weights
 
 HELD_OUT = 10**6  # the number of the first scene for probes: pre-training on scenes starts at 0
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def one_process():
@@ -29,15 +30,10 @@ def one_process():
 
 
 def frozen_trunk(source, arch, seed, device):
-    """The backbone to be probed, in eval mode and without gradients. Prints where it was found.
+    """The backbone to be probed, a ResNetTrunk in eval mode and without gradients. Prints where it was found.
 
-    Args:
-        source: a file that `harness.weights.load_backbone` reads, "imagenet" or "random". arch: one of common.ARCHS.
-        seed: of random weights.
-    Returns:
-        ResNetTrunk
-    Errors:
-        UserError: a file without such a backbone.
+    Args: source: a file that `harness.weights.load_backbone` reads, "imagenet" or "random". seed: of random weights.
+    Errors: UserError, a file without such a backbone.
     """
     with common.drawing("random weights", seed):
         trunk = common.ResNetTrunk(arch)
@@ -51,6 +47,7 @@ def frozen_trunk(source, arch, seed, device):
 # ==== Annotated objects ===============================================================================================
 
 FIELDS = {*"images annotations categories id name width height file_name image_id category_id bbox iscrowd".split()}
+OUTLINES = {"segmentation", "counts", "size"}
 
 
 class Annotated(NamedTuple):
@@ -69,19 +66,19 @@ class CocoObjects:
 
     `self[index]` is Annotated. Errors: OSError, the image cannot be read or is not as large as annotated.
 
-    Args:
-        root, split: DATA and SPLIT. masks: keep the outlines, too. categories: those that the objects must be of.
-    Errors:
-        UserError: see harness.coco.read_coco; no objects; the images do not fit the annotations.
+    Args: root, split: DATA and SPLIT. masks: keep the outlines, too. categories: those that the objects must be of.
+    Errors: UserError, see harness.coco.read_coco; no objects; images that do not fit the annotations.
     """
 
     def __init__(self, root, split, masks=False, categories=None):
-        path, keep = os.path.join(root, "annotations", f"instances_{split}.json"), set(FIELDS)
-        keep |= {"segmentation", "counts", "size"} if masks else set()
-        self.data = coco.read_coco(path, os.path.join(root, split), categories, keep=keep)
+        path, fields = (
+            os.path.join(root, "annotations", f"instances_{split}.json"),
+            FIELDS | (OUTLINES if masks else set()),
+        )
+        self.data = coco.read_coco(path, os.path.join(root, split), categories, keep=fields)
         self.categories = self.data.categories
         order = sorted(range(len(self.data)), key=lambda i: self.data.images[i]["id"])
-        self.indices = np.array([i for i in order if self.objects(i)[0].numel()])
+        self.indices = np.array([i for i in order if len(self.objects(i)[0])])
         if not len(self):
             raise UserError(f"{path}: no object in it (crowds and empty boxes are left out)")
         for index in (0, len(self) // 2, -1):
@@ -100,10 +97,10 @@ class CocoObjects:
         return self.data.name(self.indices[index])
 
     def objects(self, i):
-        """(boxes (n, 4) as in Annotated, COCO's dicts) of image i of the data."""
-        rows, size = self.data.objects(i), (self.data.images[i][side] or 0 for side in ("height", "width"))
+        """(boxes as in Annotated, COCO's dicts) of image i of the data."""
+        rows, size = self.data.objects(i), [self.data.images[i][side] or 0 for side in ("height", "width")]
         boxes = ops.box_convert(torch.tensor([row["bbox"] for row in rows]).view(-1, 4), "xywh", "xyxy")
-        boxes = ops.clip_boxes_to_image(boxes, tuple(size))
+        boxes = ops.clip_boxes_to_image(boxes, size)
         real = (boxes[:, 2:] > boxes[:, :2]).all(1)
         return boxes[real], [row for row, kept in zip(rows, real, strict=True) if kept]
 
@@ -135,9 +132,14 @@ class SceneObjects(images.Scenes):
         return Annotated(Image.fromarray(scene["image"]), boxes, labels, lambda i: scene["masks"][i])
 
 
-def scene_count(data):
-    """COUNT of `--data scenes:COUNT`; None where it names a folder."""
-    return len(images.open_images(data, 0, 0)) if data.partition(":")[0] == "scenes" else None
+def open_objects(args, split, size, masks=False, bank=None):
+    """The objects of --data, scenes of `size` pixels among it. With `bank`, opened before: other ones of its categories."""
+    if args.data.partition(":")[0] != "scenes":
+        return CocoObjects(args.data, split, masks, bank and bank.categories)
+    count = len(images.open_images(args.data, size, args.seed))
+    if bank is None:
+        return SceneObjects(HELD_OUT, count, size, args.seed)
+    return SceneObjects(HELD_OUT + count, -(-count // 4), size, args.seed)
 
 
 # ==== Results =========================================================================================================
@@ -146,29 +148,23 @@ def scene_count(data):
 def require_own_folder(folder, settings):
     """Make the output folder. Errors: UserError, it cannot be made, or has results.json of other settings."""
     weights.make_output_dir(folder)
-    path, before = os.path.join(folder, "results.json"), {}
-    if not os.path.exists(path):
-        return
+    path = os.path.join(folder, "results.json")
     try:
         with open(path) as file:
             before = dict(json.load(file)["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not ours: all settings differ
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        before = {}
     names = [name for name in settings if name not in ("workers", "output_dir")]  # these change no result
-    changed = [
-        f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in names if before.get(name) != settings[name]
-    ]
-    if changed or before.keys() != settings.keys():
+    changed = [f"{n} {before.get(n)!r} -> {settings[n]!r}" for n in names if before.get(n) != settings[n]]
+    if changed:
         what = "; ".join(changed[:5])
         raise UserError(f"{path}: results of other settings are there ({what}): give another --output-dir")
 
 
 def write_results(folder, module, argv, settings, results):
-    """results.json: how the results came about, and what they are.
-
-    Args:
-        module, argv: for the command line, as it would be typed; argv None: the interpreter's. settings, results: dicts.
-    """
+    """results.json: the command line as it would be typed (argv None: the interpreter's), versions, settings, results."""
     command = shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
     content = {"command": command, "versions": run.versions(), "settings": settings, **results}
     weights.write_atomically(os.path.join(folder, "results.json"), [json.dumps(content, indent=1).encode() + b"\n"])

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Command lines that cannot work, and a part of the one line with which each is refused.
 
-{data}: see conftest.photos. {tmp}: a folder with a file `text` and an empty folder `empty/train`.
+{data}: see conftest.photos. {tmp}: a folder with a file `text`, an empty folder `empty/train`, and two
+images in `others`.
 """
 
 PHOTOS = "--data {data}/images"
@@ -28,7 +29,7 @@ BAD = {
         PHOTOS: "give --proposals DIR, made by: python -m tools.proposals",
         f"{PHOTOS} --batch-size 6 --proposals nowhere": "nowhere/meta.json: No such file",
         f"{PHOTOS} --batch-size 6 --proposals {{tmp}}/text": "text/meta.json: Not a directory",
-        f"--data {{data}}/masks/val --batch-size 2 --proposals {{data}}/boxes": "x",
+        f"--data {{tmp}}/others --batch-size 2 {BOXES}": "the first is 0000.png: make proposals of these",
         f"--data scenes:12 --batch-size 6 {BOXES}": "scene",
     },
     "transfer_det": {

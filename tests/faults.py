@@ -417,7 +417,7 @@ FAULTS = [
           "return first + len(found)", "return first + len(found) + 1",
           "tests/test_proposals.py::test_what_was_found_is_read_back"),
     Fault("proposals: names are text in UTF-8", "harness/proposals.py",
-          'return os.fsencode(name).replace(b"\n", b"\0")', 'return name.encode("utf8", "replace").replace(b"\n", b"\0")',
+          "return os.fsencode(name)", 'return name.encode("utf-8", "replace")',
           "tests/test_proposals.py::test_what_was_found_is_read_back"),
     Fault("proposals: each worker has the boxes in its own memory", "harness/proposals.py",
           'np.load(self.folder / name, mmap_mode="r")', "np.load(self.folder / name)",

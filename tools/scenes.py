@@ -54,9 +54,12 @@ def picture(scene, zoom):
     rims = np.stack([mask & ~ndimage.binary_erosion(mask, iterations=2) for mask in masks])
     names, colours = ([table[label - 1] for label in scene["labels"]] for table in (CLASSES, COLOURS))
     image = draw_segmentation_masks(image, torch.from_numpy(rims), alpha=1, colors=colours)
-    boxes, labels = torch.from_numpy(scene["boxes"] * zoom), dict(label_colors="white", label_background_colors="black")
-    image = to_pil_image(draw_bounding_boxes(image, boxes, names, colours, fill_labels=True, **labels))
+    boxes = torch.from_numpy(scene["boxes"] * zoom)
+    image = to_pil_image(draw_bounding_boxes(image, boxes, colors=colours))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    for name, (x, y, _, _) in zip(names, boxes.tolist(), strict=True):
+        draw.rectangle(draw.textbbox((x + 2, y + 1), name, font), "black")
+        draw.text((x + 2, y + 1), name, "white", font)
     for keypoints in (scene["keypoints"] * (zoom, zoom, 1)).tolist():
         for letter, (x, y, visible) in zip("HLRT", keypoints, strict=True):
             if visible:
