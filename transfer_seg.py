@@ -2,19 +2,18 @@
 """Semantic segmentation from any pre-trained ResNet, by the FCN protocols of the papers.
 
 A fully convolutional network (Long et al., 2015) on a ResNet of output stride 8, as DenseCL fine-tuned it with
-mmsegmentation, and SetSim and others after it. Built from torch and torchvision alone. With --linear-probe the backbone
-is frozen and one 1x1 convolution on its normalised features is trained: the cheap test of dense features.
+mmsegmentation, and SetSim and others after it. With --linear-probe the backbone is frozen and one 1x1 convolution on its
+normalised features is trained: the cheap test of dense features.
 
     image --resize x 0.5 to 2, crop, flip, colours--> ResNet, dilated -+- C4 -- conv, dropout, 1x1 --> 0.4 x loss
                                                                        +- C5 -- 2 convs, beside C5, conv, dropout, 1x1 --> loss
     image --resize--> ResNet, dilated -- C5 -- head --> logits, whole or window by window --> at the original size: classes
     N images of this process    K classes, labels 0 .. K - 1, 255 is ignored    H, W pixels    C channels
-    sizes are (height, width)   windows: slices of rows and of columns
+    sizes are (height, width)   windows are slices of rows and of columns
 
     python transfer_seg.py --demo                                                        scenes, minutes on two cores
     torchrun --nproc_per_node 4 transfer_seg.py --task voc --data /VOCdevkit --weights runs/setsim/resnet50.pth
     python transfer_seg.py --task custom --images photos --masks masks --weights W --batch-size 4 --crop 256
-    python transfer_seg.py --task custom --images photos --masks masks --weights W --linear-probe
     python transfer_seg.py --predict photos --output-dir runs/transfer_seg               colour a folder of images
     python transfer_seg.py --task cityscapes --crop 512x1024 --steps 0                   print settings and model
 
@@ -43,14 +42,14 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import common
 from common import UserError, number, print0
-from harness import finetune, weights
+from harness import finetune, scenes, weights
 from harness.images import list_images, read_image, readable
 from harness.run import Run, main
 
 # ==== Protocols: a task's numbers, as in the configurations of DenseCL's mmsegmentation; the command line =============
 
-# Iterations count batches of `batch_size` images, and are scaled when --batch-size differs. `resize` is the box that an
-# image is fitted into, lying or upright. `crop` is (height, width).
+# Iterations count batches of `batch_size` images. They are scaled when --batch-size differs. An image is fitted into the
+# box `resize`, lying or upright. `crop` is (height, width).
 STANDARD = dict(
     batch_size=16, lr=0.01, weight_decay=5e-4, resize=[2048, 512], crop=[512, 512], test="whole", align_corners=False,
 )  # fmt: skip
@@ -74,8 +73,8 @@ HELP = {
     "ade20k": "a folder with ADEChallengeData2016/{images,annotations}/{training,validation} in it",
     "custom": "a folder of images, and a folder of PNG masks of the same names",
 }
-MOMENTUM = 0.9  # of SGD
 IGNORED = 255
+MOMENTUM = 0.9  # of SGD
 
 
 def height_x_width(text):
@@ -113,7 +112,7 @@ def get_args(argv=None):
 
 
 def protocol(args):
-    """The numbers of the task, of its second crop (Cityscapes), and of the probe: {setting: value}."""
+    """The numbers of the task, of Cityscapes' second crop, and of the probe: {setting: value}."""
     whole = args.task == "cityscapes" and args.crop == CITYSCAPES_WHOLE["crop"]
     return TASKS[args.task] | (CITYSCAPES_WHOLE if whole else {}) | (PROBE if args.linear_probe else {})
 
@@ -132,38 +131,30 @@ def title(args):
 class MaskData:
     """Images, and a mask for each.
 
-    Attributes:
-        classes: K names; label k stands for classes[k]. palette: uint8 (256, 3), the colours of labels and, last, of
-        ignored pixels. title: what messages call the data.
-
     Args:
-        root: the folder that names of images start from. pairs: list of (image file, mask file, table), see `table_of`.
-        layout: what the data should look like, for messages.
+        rows: list of (name, image file, mask file, table), see `table_of`. classes: K names; label k stands for
+        classes[k]. palette: uint8 (256, 3), the colours of labels and, last, of ignored pixels. title: for messages.
     Errors:
-        UserError: no images, or files that do not exist.
+        OSError: no images, or files that do not exist.
     """
 
-    def __init__(self, root, pairs, classes, palette, title, layout):
-        self.root, self.pairs, self.classes, self.palette, self.title = root, pairs, classes, palette, title
-        files = [path for pair in pairs for path in pair[:2]]
-        missing = [path for path in files if not os.path.exists(path)]
-        if missing or not files:
-            what = (
-                f"{len(missing)} of its {len(files)} files are not there, for instance {missing[0]}"
-                if files
-                else "no images"
+    def __init__(self, rows, classes, palette, title):
+        self.rows, self.classes, self.palette, self.title = rows, classes, palette, title
+        missing = [path for row in rows for path in row[1:3] if not os.path.exists(path)]
+        if missing or not rows:
+            raise OSError(
+                f"{title}: {len(missing)} files are not there, {missing[0]}" if rows else f"{title}: no images"
             )
-            raise UserError(f"{title}: {what}; {root} must be {layout}")
 
     def __len__(self):
-        return len(self.pairs)
+        return len(self.rows)
 
     def name(self, index):
-        return os.path.relpath(self.pairs[index][0], self.root)
+        return self.rows[index][0]
 
     def read(self, index):
         """(image, PIL RGB; labels, uint8 (H, W)). Errors: OSError, one unreadable, sizes differ, or a strange value."""
-        image_file, mask_file, table = self.pairs[index]
+        _, image_file, mask_file, table = self.rows[index]
         image, mask = read_image(image_file), read_mask(mask_file)
         labels = table[mask]
         if mask.shape[::-1] != image.size or labels.min() < 0:
@@ -172,8 +163,8 @@ class MaskData:
 
     def fingerprint(self):
         """A name for this list of images, whatever folder it lies in."""
-        names = os.fsencode("|".join(self.name(i) for i in range(len(self))))
-        return f"{len(self)} images, sha256 {hashlib.sha256(names).hexdigest()[:16]}"
+        digest = hashlib.sha256(os.fsencode("|".join(row[0] for row in self.rows))).hexdigest()
+        return f"{len(self)} images, sha256 {digest[:16]}"
 
 
 def table_of(values, ignored):
@@ -198,20 +189,20 @@ def read_mask(path):
     return values.astype(np.uint8)
 
 
-def voc_palette():
-    """VOC's colours, uint8 (256, 3): the bits of a number are dealt out to red, green and blue, highest first."""
-    numbers, colours = np.arange(256), np.zeros((256, 3), int)
-    for bit, channel in itertools.product(range(8), range(3)):
-        colours[:, channel] |= (numbers >> 3 * bit + channel & 1) << 7 - bit
-    return colours.astype(np.uint8)
-
-
 def palette_of(colours):
     """Colours, (r, g, b) or '#rrggbb', as the first rows of a palette, uint8 (256, 3); the rest is black."""
     palette = np.zeros((256, 3), np.uint8)
     for row, colour in enumerate(colours):
         palette[row] = ImageColor.getrgb(colour) if isinstance(colour, str) else colour
     return palette
+
+
+def voc_palette():
+    """VOC's colours, uint8 (256, 3): the bits of a number are dealt out to red, green and blue, highest first."""
+    numbers, palette = np.arange(256), np.zeros((256, 3), int)
+    for bit, channel in itertools.product(range(8), range(3)):
+        palette[:, channel] |= (numbers >> 3 * bit + channel & 1) << 7 - bit
+    return palette.astype(np.uint8)
 
 
 VOC_CLASSES = (
@@ -226,138 +217,123 @@ def read_voc(root, split):
     OFFICIAL: G4. As DenseCL: SBD's train and val without VOC's train and val. VOC's own masks (with ignored borders) are
     kept where there are any, SBD's have no borders. torchvision's train_noval is another, smaller list.
     """
-
-    def inside(name):
-        places = [os.path.join(root, name), os.path.join(root, "VOCdevkit", name)]
-        return next(filter(os.path.isdir, places), places[0])
+    root = os.path.join(root, "VOCdevkit") if os.path.isdir(os.path.join(root, "VOCdevkit")) else root
+    voc, sbd = os.path.join(root, "VOC2012"), os.path.join(root, "benchmark_RELEASE", "dataset")
 
     def names(*path):
-        if not os.path.exists(os.path.join(*path)):
-            raise UserError(f"{os.path.join(*path)}: no such file; --data must be {HELP['voc']}")
         with open(os.path.join(*path)) as file:
             return file.read().split()
 
-    voc, sbd = inside("VOC2012"), os.path.join(inside("benchmark_RELEASE"), "dataset")
     own = {part: names(voc, "ImageSets", "Segmentation", f"{part}.txt") for part in ("train", "val")}
     masks = {name: os.path.join(voc, "SegmentationClass", f"{name}.png") for name in own[split]}
     if split == "train":
         extra = {*names(sbd, "train.txt"), *names(sbd, "val.txt")} - {*own["train"], *own["val"]}
         masks |= {name: os.path.join(sbd, "cls", f"{name}.mat") for name in sorted(extra)}
     table = table_of(range(21), [IGNORED])
-    pairs = [(os.path.join(voc, "JPEGImages", f"{name}.jpg"), mask, table) for name, mask in masks.items()]
-    part = {"train": "train_aug", "val": "val"}[split]
-    return MaskData(root, pairs, VOC_CLASSES, voc_palette(), f"VOC 2012 {part}", HELP["voc"])
+    rows = [(name, os.path.join(voc, "JPEGImages", f"{name}.jpg"), mask, table) for name, mask in masks.items()]
+    return MaskData(rows, VOC_CLASSES, voc_palette(), f"VOC 2012 {split}")
 
 
 def read_cityscapes(root, split):
     """Cityscapes' fine annotations: 19 train ids, from *_labelTrainIds.png or, where it is missing, from *_labelIds.png."""
     classes = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORED), key=lambda c: c.train_id)
-    ids = [c.id for c in classes]
+    ids, rows = [c.id for c in classes], []
     train_ids, label_ids = table_of(range(19), [IGNORED]), table_of(ids, {*range(256)} - {*ids})
-    folder, pairs = os.path.join(root, "leftImg8bit", split), []
-    for name in sorted(glob.glob(os.path.join("*", "*_leftImg8bit.png"), root_dir=folder)):  # CITY/IMAGE
-        stem = os.path.join(root, "gtFine", split, name.replace("_leftImg8bit.png", "_gtFine"))
-        mask, table = f"{stem}_labelTrainIds.png", train_ids
-        mask, table = (mask, table) if os.path.exists(mask) else (f"{stem}_labelIds.png", label_ids)
-        pairs.append((os.path.join(folder, name), mask, table))
-    names, palette = [c.name for c in classes], palette_of(c.color for c in classes)
-    return MaskData(root, pairs, names, palette, f"Cityscapes {split}", HELP["cityscapes"])
+    images, masks = (os.path.join(root, folder, split) for folder in ("leftImg8bit", "gtFine"))
+    for name in sorted(glob.glob(os.path.join("*", "*_leftImg8bit.png"), root_dir=images)):  # CITY/IMAGE
+        stem = os.path.join(masks, name.replace("leftImg8bit.png", "gtFine_label"))
+        mask = (
+            (f"{stem}TrainIds.png", train_ids)
+            if os.path.exists(f"{stem}TrainIds.png")
+            else (f"{stem}Ids.png", label_ids)
+        )
+        rows.append((name, os.path.join(images, name), *mask))
+    return MaskData(rows, [c.name for c in classes], palette_of(c.color for c in classes), f"Cityscapes {split}")
 
 
 def read_ade20k(root, split):
     """ADE20K: 150 classes; the masks' 0 is ignored in training and testing, and the others move down by one."""
     with open(os.path.join(os.path.dirname(finetune.__file__), "ade20k.csv")) as file:
         classes, colours = zip(*(line.split(",") for line in file.read().splitlines()), strict=True)
-    base = os.path.join(root, "ADEChallengeData2016")
+    base, split = os.path.join(root, "ADEChallengeData2016"), {"train": "training", "val": "validation"}[split]
     base, table = base if os.path.isdir(base) else root, table_of(range(1, 151), [0, IGNORED])
     images, masks = (os.path.join(base, kind, split) for kind in ("images", "annotations"))
-    names = sorted(glob.glob("*.jpg", root_dir=images))
-    pairs = [(os.path.join(images, name), os.path.join(masks, f"{name[:-4]}.png"), table) for name in names]
-    return MaskData(root, pairs, list(classes), palette_of(colours), f"ADE20K {split}", HELP["ade20k"])
+    names = sorted(name[:-4] for name in glob.glob("*.jpg", root_dir=images))
+    rows = [(name, os.path.join(images, f"{name}.jpg"), os.path.join(masks, f"{name}.png"), table) for name in names]
+    return MaskData(rows, list(classes), palette_of(colours), f"ADE20K {split}")
 
 
 def read_custom(args, split, names):
     """One's own masks. names: of the classes that the segmenter knows; None: --classes, or as many as the masks have."""
-    parts, names = custom_pairs(args, say=split == "val"), names or args.classes
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            values = [*pool.map(values_of, parts[split] if names else parts["train"] + parts["val"])]
-    except OSError as error:
-        raise UserError(f"{error}: mend or remove it") from None
-    found = set().union(*values) - {*args.ignore, IGNORED}
+    parts, names = custom_rows(args, say=split == "val"), names or args.classes
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        values = pool.map(values_of, parts[split] if names else parts["train"] + parts["val"])
+        found = set().union(*values) - {*args.ignore, IGNORED}
     numbers = [value for value in range(IGNORED) if value not in args.ignore]
     names = names or [str(n) for n in numbers[: max(map(numbers.index, found), default=0) + 1]]
     numbers = numbers[: len(names)]
     if len(names) < 2 or found - {*numbers}:
-        raise UserError(
-            f"the masks have the values {sorted(found)} besides 255 and --ignore, there are {len(names)} classes: give each "
-            "class a number from 0 on, and --ignore what is no class"
+        raise OSError(
+            f"the masks have the values {sorted(found)} besides 255 and --ignore, for {len(names)} classes: give each class "
+            "a number from 0 on, and --ignore what is no class"
         )
-    palette, pairs = voc_palette(), [(*pair, table_of(numbers, [*args.ignore, IGNORED])) for pair in parts[split]]
-    with contextlib.suppress(OSError), Image.open(pairs[0][1]) as mask:
+    palette, table = voc_palette(), table_of(numbers, [*args.ignore, IGNORED])
+    with Image.open(parts[split][0][2]) as mask:
         if mask.mode == "P":  # the masks bring their own colours
             own = palette_of(np.reshape(mask.getpalette("RGB"), (-1, 3)))
             palette[: len(names)], palette[IGNORED] = own[numbers], own[IGNORED]
-    return MaskData(args.images, pairs, names, palette, f"custom {split}", HELP["custom"])
+    return MaskData([(*row, table) for row in parts[split]], names, palette, f"custom {split}")
 
 
-def custom_pairs(args, say):
-    """{"train", "val": list of (image file, mask file)}: folders of these names, or a fifth of the images held out."""
+def custom_rows(args, say):
+    """{"train", "val": list of (name, image file, mask file)}: folders of these names, or a fifth of the images held out."""
     inside = {part: [os.path.join(folder, part) for folder in (args.images, args.masks)] for part in ("train", "val")}
     if all(map(os.path.isdir, inside["val"])):
         return {part: matching(*folders, say) for part, folders in inside.items()}
-    pairs = matching(args.images, args.masks, say)
-    order, count = torch.randperm(len(pairs), generator=common.generator("held out")).tolist(), max(len(pairs) // 5, 1)
-    if len(pairs) < 2:
-        raise UserError(f"--images {args.images}: a single image; give more, or make train/ and val/ folders")
+    rows = matching(args.images, args.masks, say)
+    order, count = torch.randperm(len(rows), generator=common.generator("held out")).tolist(), max(len(rows) // 5, 1)
     if say:
-        text = f"{count} of {len(pairs)} images are held out to evaluate, the same in every run"
+        text = f"{count} of {len(rows)} images are held out to evaluate, the same in every run"
         print0(f"{text}; to choose them, make train/ and val/ folders in --images and --masks")
-    return {"train": [pairs[i] for i in sorted(order[count:])], "val": [pairs[i] for i in sorted(order[:count])]}
+    return {"train": [rows[i] for i in sorted(order[count:])], "val": [rows[i] for i in sorted(order[:count])]}
 
 
 def matching(images, masks, say):
-    """Every PNG below `masks` with the image of the same name (and subfolder): list of (image file, mask file)."""
+    """Every PNG below `masks` with the image of the same name (and subfolder): list of (name, image file, mask file)."""
     names = [name for name in list_images(masks, "--masks") if name.lower().endswith(".png")]
-    same, there = os.path.realpath(images) == os.path.realpath(masks), list_images(images, "--images")
-    there = {os.path.splitext(name)[0]: name for name in there if not (same and name.lower().endswith(".png"))}
-    alone = [name for name in names if os.path.splitext(name)[0] not in there]
+    others = {*names} if os.path.realpath(images) == os.path.realpath(masks) else {}
+    there = {os.path.splitext(name)[0]: name for name in list_images(images, "--images") if name not in others}
+    found = [(there.get(os.path.splitext(name)[0]), name) for name in names]
+    alone = [mask for image, mask in found if image is None]
     if alone or not names:
-        what = (
-            f"{len(alone)} have no image of the same name in {images}, for instance {alone[0]}" if alone else "no PNG"
-        )
-        raise UserError(f"--masks {masks}: {what}; they must be {HELP['custom']}")
+        raise OSError(f"of {len(names)} PNG files in {masks}, {len(alone)} have no image in {images}: {alone[:1]}")
     if say and len(names) < len(there):
         print0(f"{len(there) - len(names)} of {len(there)} images in {images} have no mask and are passed over")
-    return [(os.path.join(images, there[os.path.splitext(name)[0]]), os.path.join(masks, name)) for name in names]
+    return [(image, os.path.join(images, image), os.path.join(masks, mask)) for image, mask in found]
 
 
-def values_of(pair):
+def values_of(row):
     """The values of a mask, a set. Errors: OSError, unreadable, or not of the size of its image."""
-    mask = read_mask(pair[1])
+    _, image_file, mask_file = row
+    mask = read_mask(mask_file)
     size = mask.shape[::-1]
-    with contextlib.suppress(Exception), Image.open(pair[0]) as image:  # unreadable images are found in training
+    with contextlib.suppress(Exception), Image.open(image_file) as image:  # unreadable images are found in training
         lying = image.getexif().get(0x0112, 1) >= 5
         size = image.size[::-1] if lying else image.size
     if mask.shape[::-1] != size:
-        raise OSError(f"{pair[1]} has {mask.shape[::-1]} pixels, its image {size}")
-    return set(np.flatnonzero(np.bincount(mask.ravel())).tolist())
+        raise OSError(f"{mask_file} has {mask.shape[::-1]} pixels, its image {size}")
+    return {*np.flatnonzero(np.bincount(mask.ravel())).tolist()}
 
 
 class SceneData(MaskData):
     """Built-in scenes number `first` to `first + count - 1`; class 0 is the background."""
 
     def __init__(self, first, count):
-        from harness.scenes import CLASSES
-
-        self.first, self.title, self.root = first, "scenes", ""
-        self.pairs = [(f"scene {first + i}",) for i in range(count)]
-        self.classes, self.palette = ["background", *CLASSES], palette_of(["#000000", *finetune.COLOURS])
+        self.first, self.rows, self.title = first, [(f"scene {first + i}",) for i in range(count)], "scenes"
+        self.classes, self.palette = ["background", *scenes.CLASSES], palette_of(["#000000", *finetune.COLOURS])
 
     def read(self, index):
-        from harness.scenes import make_scene
-
-        scene = make_scene(0, self.first + index, finetune.SCENE)
+        scene = scenes.make_scene(0, self.first + index, finetune.SCENE)
         return Image.fromarray(scene["image"]), scene["semantic"]
 
 
@@ -365,13 +341,13 @@ def open_data(args, split, classes=None):
     """The task's data for "train" or "val". classes: for val, those that the segmenter knows. Errors: UserError."""
     if args.task == "scenes":
         return SceneData(*finetune.scene_range(args.data, split))
-    if args.task == "custom":
-        return read_custom(args, split, classes)
-    if not os.path.isdir(args.data):
-        raise UserError(f"--data {args.data}: no such folder; it must be {HELP[args.task]}")
-    if args.task == "ade20k":
-        return read_ade20k(args.data, {"train": "training", "val": "validation"}[split])
-    return {"voc": read_voc, "cityscapes": read_cityscapes}[args.task](args.data, split)
+    where = f"--images {args.images} --masks {args.masks}" if args.task == "custom" else f"--data {args.data}"
+    try:
+        if args.task == "custom":
+            return read_custom(args, split, classes)
+        return {"voc": read_voc, "cityscapes": read_cityscapes, "ade20k": read_ade20k}[args.task](args.data, split)
+    except OSError as error:
+        raise UserError(f"{where}: {error}; wanted is {HELP[args.task]}") from None
 
 
 # ==== Training images: resize, crop, flip, colours ====================================================================
@@ -401,7 +377,7 @@ def crop_window(labels, crop, draws, most=0.75):
         labels: uint8 (H, W). crop: (height, width); an image that is smaller is taken whole on that side.
         draws: (n, 2) numbers in [0, 1), places of n crops: down, right.
     Returns:
-        (slice of rows, slice of columns)
+        (rows, columns), slices.
     """
     for draw in draws:
         starts = [int(x * (max(side - c, 0) + 1)) for x, side, c in zip(draw, labels.shape, crop, strict=True)]
@@ -418,10 +394,10 @@ def distort(image, coins, numbers):
     DEVIATION: G7. Saturation and hue are Pillow's, whose hue has 256 steps. OpenCV's has 180.
 
     Args:
-        image: uint8 (H, W, 3). coins: five numbers in [0, 1). Under one half the image changes in these four respects, and
-        its contrast before its colours. numbers: four in [0, 1), how much.
+        image: uint8 (H, W, 3). numbers: four in [0, 1), how much the image changes in these respects.
+        coins: five in [0, 1), under one half: that it does; that the contrast comes first.
     """
-    brightness, contrast, saturation, hue, early = (coin < 0.5 for coin in coins)
+    brightness, contrast, saturation, hue, first = (coin < 0.5 for coin in coins)
     b, c, s, h = 64 * numbers[0] - 32, 0.5 + numbers[1], 0.5 + numbers[2], int(36 * numbers[3]) - 18
 
     def cut(x):
@@ -434,13 +410,13 @@ def distort(image, coins, numbers):
 
     if brightness:
         image = cut(image + np.float32(b))
-    if contrast and early:
+    if contrast and first:
         image = cut(image * np.float32(c))
     if saturation:
         image = in_hsv(1, lambda x: cut(x * np.float32(s)))
     if hue:
         image = in_hsv(0, lambda x: (x.astype(int) + round(h * 256 / 180)) % 256)
-    if contrast and not early:
+    if contrast and not first:
         image = cut(image * np.float32(c))
     return image
 
@@ -562,12 +538,10 @@ class Segmenter(nn.Module):
         return F.interpolate(logits.float(), size, mode="bilinear", align_corners=self.align_corners)
 
     def forward(self, pixels, labels=None):
-        """Logits at the size of the images; with labels, the loss and what to log.
+        """Logits at the size of the images, fp32 (N, K, H, W); with labels, (loss, {name: scalar}), what to log.
 
         Args:
             pixels: (N, 3, H, W), normalised. labels: (N, H, W) int64.
-        Returns:
-            (N, K, H, W) fp32, or (loss, {name: scalar}).
         """
         c4, c5 = self.backbone(pixels)[2:]
         logits = self.upsample(self.head(c5), pixels.shape[-2:])
@@ -580,16 +554,6 @@ class Segmenter(nn.Module):
             values["loss_auxiliary"] = pixel_loss(self.upsample(self.auxiliary(c4), pixels.shape[-2:]), labels)
             loss = loss + 0.4 * values["loss_auxiliary"]
         return loss, values
-
-
-def new_segmenter(args, device, classes):
-    """The protocol's segmenter on a device: drawn from the seed, its backbone from --weights."""
-    with common.drawing("model", args.seed):
-        model = Segmenter(args.arch, classes, args.align_corners, args.linear_probe)
-    if args.weights != "random":
-        weights.load_into(model.backbone, args.weights, args.arch)
-    # DEVIATION: G12. Batch norm is over the images of all processes, but not on CPUs.
-    return common.synchronised_norms(model, device).to(device, memory_format=torch.channels_last)
 
 
 # ==== Testing: whole or in windows, at the original size ==============================================================
@@ -666,13 +630,13 @@ def scores(matrix, classes):
     """
     right, truth, predicted = np.diag(matrix).astype(np.float64), matrix.sum(1), matrix.sum(0)
     union = truth + predicted - right
-    with np.errstate(invalid="ignore", divide="ignore"):
-        iou, recall = 100 * right / union, 100 * right / truth
+    iou = {name: 100 * float(r / u) for name, r, u in zip(classes, right, union, strict=True) if u}
+    recall = [100 * r / t for r, t in zip(right, truth, strict=True) if t]
     return {
-        "mIoU": float(np.mean(iou[union > 0])) if union.any() else 0.0,
+        "mIoU": float(np.mean([*iou.values()] or 0)),
         "accuracy": float(100 * right.sum() / max(truth.sum(), 1)),
-        "mean_accuracy": float(np.mean(recall[truth > 0])) if truth.any() else 0.0,
-        "IoU_by_class": {name: float(x) for name, x, there in zip(classes, iou, union > 0, strict=True) if there},
+        "mean_accuracy": float(np.mean(recall or 0)),
+        "IoU_by_class": iou,
     }
 
 
@@ -687,27 +651,25 @@ def colour(labels, palette):
 
 
 def draw(image, maps, classes, palette, longest=None):
-    """An image, below it label maps in colours, and below them the names of their classes.
+    """An image, below it label maps in colours, and below them the names of their classes: PIL RGB.
 
     Args:
         image: PIL RGB. maps: list of uint8 (H, W). longest: long side of the panels, pixels.
-    Returns:
-        PIL RGB.
     """
     scale = longest / max(image.size) if longest else 1.0
-    size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
-    panels = [image.resize(size, Image.BILINEAR)]
-    panels += [colour(labels, palette).resize(size, Image.NEAREST).convert("RGB") for labels in maps]
+    width, height = (max(round(side * scale), 1) for side in image.size)
+    panels = [image.resize((width, height), Image.BILINEAR)]
+    panels += [colour(labels, palette).resize((width, height), Image.NEAREST).convert("RGB") for labels in maps]
     present = [k for k in range(len(classes)) if any((labels == k).any() for labels in maps)]
-    base, font = (size[1] + 5) * len(panels), ImageFont.load_default(12)
-    sheet = Image.new("RGB", (size[0], base + 18 * len(present)), "white")
+    y, font = (height + 5) * len(panels), ImageFont.load_default(12)
+    sheet = Image.new("RGB", (width, y + 18 * len(present)), "white")
     for row, panel in enumerate(panels):
-        sheet.paste(panel, (0, (size[1] + 5) * row))
+        sheet.paste(panel, (0, (height + 5) * row))
     pen = ImageDraw.Draw(sheet)
-    for row, k in enumerate(present):
-        y = base + 18 * row
+    for k in present:
         pen.rectangle((4, y, 17, y + 13), tuple(palette[k].tolist()), "black")
         pen.text((22, y), classes[k], "black", font)
+        y += 18
     return sheet
 
 
@@ -736,6 +698,16 @@ def learning_rate(step, lr, iterations):
     """
     floor = lr / 100
     return (lr - floor) * (1 - step / iterations) ** 0.9 + floor
+
+
+def new_segmenter(args, device, classes):
+    """The protocol's segmenter on a device: drawn from the seed, its backbone from --weights."""
+    with common.drawing("model", args.seed):
+        model = Segmenter(args.arch, classes, args.align_corners, args.linear_probe)
+    if args.weights != "random":
+        weights.load_into(model.backbone, args.weights, args.arch)
+    # DEVIATION: G12. Batch norm is over the images of all processes, but not on CPUs.
+    return common.synchronised_norms(model, device).to(device, memory_format=torch.channels_last)
 
 
 def fine_tune(args, train, val):
@@ -840,9 +812,8 @@ def job(argv=None):
 def print_settings(args):
     """--steps 0: the settings and the model as built. Only custom data and scenes are opened."""
     classes = {"voc": 21, "cityscapes": 19, "ade20k": 150}.get(args.task) or len(open_data(args, "train").classes)
-    iterations, lr = finetune.linear_rule(args, protocol(args))
-    rows = vars(args) | {"iterations": iterations, "lr": lr}
-    rows = "\n".join(f"{name:16} {value}" for name, value in rows.items())
+    settings = vars(args) | dict(zip(("iterations", "lr"), finetune.linear_rule(args, protocol(args)), strict=True))
+    rows = "\n".join(f"{name:16} {value}" for name, value in settings.items())
     print0(f"{title(args)}\n{rows}\n{new_segmenter(args, torch.device('cpu'), classes)}")
 
 

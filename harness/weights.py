@@ -86,6 +86,17 @@ def make_output_dir(folder):
         raise UserError(f"--output-dir {folder}: {error.strerror}: give a folder that can be written") from None
 
 
+def known_as(module, name):
+    """A function of numpy's C code under the name by which some version of numpy pickled it."""
+    function = getattr(importlib.import_module("numpy._core.multiarray"), name)
+
+    def call(*arguments):
+        return function(*arguments)
+
+    call.__module__, call.__name__, call.__qualname__ = module, name, name
+    return call
+
+
 def load_checkpoint_file(path):
     """torch.load in its safe mode, with what published checkpoints carry besides tensors allowed: argparse's
     Namespace, paths, numpy scalars.
@@ -93,11 +104,10 @@ def load_checkpoint_file(path):
     Errors:
         UserError: missing, unreadable, not a checkpoint, or one that needs code to be run to open it.
     """
-    multiarray = importlib.import_module("numpy._core.multiarray")
     safe = [argparse.Namespace, pathlib.PosixPath, np.dtype, np.ndarray]
     safe += [getattr(np.dtypes, name) for name in ("Float64DType", "Float32DType", "Int64DType", "BoolDType")]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # the name before and since numpy 2
-        safe += [(multiarray.scalar, f"{module}.scalar"), (multiarray._reconstruct, f"{module}._reconstruct")]
+        safe += [known_as(module, name) for name in ("scalar", "_reconstruct")]
     try:
         with torch.serialization.safe_globals(safe):
             return torch.load(path, map_location="cpu", weights_only=True)

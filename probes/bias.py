@@ -14,9 +14,7 @@ and 7. Canvases are put together from annotated objects; each stage of a frozen 
     python -m probes.bias --data /coco --weights ours=runs/d3ssl/resnet50.pth moco=moco.pth      Figures 3b and 4b
     python -m probes.bias --data scenes --arch resnet18 --weights FILE                           nothing to download
 
-DATA/annotations/instances_SPLIT.json and DATA/SPLIT/ are COCO's layout; masks are used where there are any. OUTPUT_DIR
-gets results.json, bias.png (Figures 3b and 4b), coupling.png and position.png (canvases, Figures 3a and 4a).
-
+OUTPUT_DIR gets results.json, bias.png (Figures 3b and 4b), coupling.png and position.png (canvases, Figures 3a and 4a).
 The paper does not print sizes, the objects, and what exactly is divided (AMBIGUOUS: D36, D37). Values of this script can
 be compared with one another, at equal settings, and with the paper's in their order alone.
 """
@@ -71,15 +69,10 @@ def get_args(argv=None):
 
 
 def parse_weights(words):
-    """["ours=a.pth", "b.pth"] -> {"ours": "a.pth", "b": "b.pth", "random": "random"}: random weights are always there.
-
-    Errors: UserError, no name or file; a name that stands for something else already.
-    """
+    """["ours=a.pth", "b.pth"] -> {"ours": "a.pth", "b": "b.pth", "random": "random"}. Errors: UserError, bad names."""
     found = {}
     for word in words:
-        name, equals, source = word.partition("=")
-        if not equals:
-            name, source = os.path.splitext(os.path.basename(word))[0], word
+        name, source = word.split("=", 1) if "=" in word else (os.path.splitext(os.path.basename(word))[0], word)
         if not (name and source) or name in found or name == "random" != source:
             raise UserError(f"--weights {word}: write NAME=FILE with names of their own")
         found[name] = source
@@ -87,14 +80,11 @@ def parse_weights(words):
     return found if "random" in found.values() else found | {"random": "random"}
 
 
-# ==== Canvases ========================================================================================================
-
-
 def cut_out(image, box, mask, side):
     """An object, stretched to a square: (3, side, side) uint8.
 
-    Args: image: PIL, W x H. box: x0 y0 x1 y1 in pixels, taken to whole ones outwards. mask: (H, W) bool, what is outside
-    becomes black; None: nothing does.
+    box: x0 y0 x1 y1 in pixels of the image (PIL), taken to whole ones outwards. mask: (H, W) bool, what is outside becomes
+    black; None: nothing does.
     """
     if mask is not None:
         image = Image.composite(image, Image.new("RGB", image.size), Image.fromarray(mask))
@@ -107,8 +97,7 @@ def pair_canvases(a, b):
     """PAPER: section 3.1, Figure 3a. Two objects next to each other on black, and the first alone in the same place.
 
     AMBIGUOUS: D36. Two squares that touch in the middle of a canvas of twice their side, A to the left.
-
-    Args: a, b: (3, s, s) uint8. Returns: (A beside B, A alone), (3, 2s, 2s) each.
+    a, b: (3, s, s) uint8. Returns (A beside B, A alone), (3, 2s, 2s) each.
     """
     side, top = a.shape[-1], a.shape[-1] // 2
     alone = F.pad(a, (0, side, top, side - top))
@@ -130,9 +119,7 @@ class Canvases:
     """What N pairs of objects are made into; pair i is drawn from (seed, i) and nothing else.
 
     PAPER: section 3.1, "pairs of objects (A and B) belonging to different categories". AMBIGUOUS: D36. An object is drawn
-    by its image, then among those of the image that are large enough.
-
-    Args: objects: CocoObjects or SceneObjects. pair_side, grid_side: s and g. cut: "mask" or "box".
+    by its image, then among those of the image that are large enough. pair_side, grid_side: s, g. cut: "mask" or "box".
     """
 
     def __init__(self, objects, pair_side, grid_side, cut, seed):
@@ -142,44 +129,37 @@ class Canvases:
     def __getitem__(self, i):
         """(A beside B, A alone (3, 2s, 2s), A in all places of a grid (3, 3g, 3g)), uint8. Errors: see `draw`."""
         rng = common.generator("pair", self.seed, i)
-        label, a, grid = self.draw(rng, None, self.sides)
+        label, a, grid = self.draw(rng, 0, self.sides)
         _, b = self.draw(rng, label, self.sides[:1])
         return *pair_canvases(a, b), grid_canvas(grid)
 
     def draw(self, rng, label, sides):
-        """An object of another category than `label`: (its label, *squares of these sides).
-
-        Errors: UserError, too few objects, too small ones, or images that cannot be read.
-        """
+        """An object of another category than `label`: (its label, *squares of these sides). Errors: UserError, none found."""
         for _ in range(DRAWS):
             index = torch.randint(len(self.objects), (), generator=rng)
             try:
-                item = self.objects[index.item()]
+                image, boxes, labels, mask = self.objects[index.item()]
             except OSError:
                 self.bad.note(index[None], torch.ones(1, dtype=torch.int64))
                 self.bad.share()
                 continue
-            fits = (item.boxes[:, 2:] - item.boxes[:, :2]).amin(1) >= SMALLEST
-            rows = (fits & (item.labels != label) if label is not None else fits).nonzero()[:, 0]
+            fits = ((boxes[:, 2:] - boxes[:, :2]).amin(1) >= SMALLEST) & (labels != label)
+            rows = fits.nonzero()[:, 0]
             if len(rows):
                 row = rows[torch.randint(len(rows), (), generator=rng)].item()
-                mask = item.mask(row) if self.cut == "mask" else None
-                return item.labels[row], *(cut_out(item.image, item.boxes[row].tolist(), mask, side) for side in sides)
-        second = "" if label is None else " and of a second category"
+                inside = mask(row) if self.cut == "mask" else None
+                return labels[row], *(cut_out(image, boxes[row].tolist(), inside, side) for side in sides)
+        second = "" if label == 0 else " and of a second category"
         raise UserError(
             f"{DRAWS} images without an object of {SMALLEST} pixels a side{second}: the data do for no pairs"
         )
-
-
-# ==== Features and measures, each of one stage ========================================================================
 
 
 def box_features(maps, box, side):
     """The mean of a stage's maps over a box: RoIAlign's (AMBIGUOUS: D36), with as many bins as the box has cells.
 
     So a box on whole cells gives the mean of these and nothing of the cells around it; 7 x 7 bins would read from them.
-
-    Args: maps: (N, C, H, W) of square canvases. box: x0 y0 x1 y1 in pixels. side: of the canvases. Returns: (N, C) float32
+    maps: (N, C, H, W) of square canvases. box: x0 y0 x1 y1 in pixels. side: of the canvases. Returns (N, C) float32.
     """
     scale, (x0, y0, x1, y1) = maps.shape[-1] / side, box
     rows = [torch.tensor([box], dtype=maps.dtype, device=maps.device)] * len(maps)
@@ -192,8 +172,7 @@ def coupling_rate(a_beside_b, a_alone, b):
 
     AMBIGUOUS: D36. Numerator: A beside B; denominator: A alone; b: the feature of B beside A, as only two canvases are
     described. The paper's values over 1 that rise with depth fit this order alone.
-
-    Args: (N, C) each. Returns: (N,); not finite where A alone has nothing in common with B.
+    (N, C) each -> (N,); not finite where A alone has nothing in common with B.
     """
     return F.cosine_similarity(a_beside_b, b) / F.cosine_similarity(a_alone, b)
 
@@ -201,7 +180,7 @@ def coupling_rate(a_beside_b, a_alone, b):
 def mean_cosine(maps):
     """PAPER: section 3.2. MCS of each canvas: mean cosine of the middle place's feature with the eight others.
 
-    Args: (N, C, H, W), H and W divisible by 3; the feature of a place is the mean of its cells. Returns: (N,), at most 1.
+    (N, C, H, W), H and W divisible by 3 -> (N,), at most 1. The feature of a place is the mean of its cells.
     """
     places = F.normalize(F.adaptive_avg_pool2d(maps.float(), 3).flatten(2), dim=1)  # (N, C, 9)
     cosines = (places[:, :, 4:5] * places).sum(1)  # (N, 9), its own of 1 in the middle
@@ -210,26 +189,22 @@ def mean_cosine(maps):
 
 @torch.no_grad()
 def measure(trunk, beside, alone, grid):
-    """CR and MCS of some canvases in each stage, (N, stages) each.
+    """CR and MCS in each stage, (N, stages) each. beside, alone: (N, 3, 2s, 2s), grid: (N, 3, 3g, 3g), uint8 canvases.
 
-    Args: trunk: normalised images -> a list of maps, one for each stage. beside, alone: (N, 3, 2s, 2s), grid: (N, 3, 3g,
-    3g), uint8.
+    trunk: function from normalised images to a list of maps, one for each stage.
     """
-    side, (a, b) = beside.shape[-1], pair_boxes(beside.shape[-1] // 2)
-    rates = [
-        coupling_rate(box_features(together, a, side), box_features(single, a, side), box_features(together, b, side))
-        for together, single in zip(trunk(common.normalise(beside)), trunk(common.normalise(alone)), strict=True)
-    ]
+    side, rates = beside.shape[-1], []
+    a, b = pair_boxes(side // 2)
+    for together, single in zip(trunk(common.normalise(beside)), trunk(common.normalise(alone)), strict=True):
+        boxes = (together, a), (single, a), (together, b)
+        rates.append(coupling_rate(*(box_features(maps, box, side) for maps, box in boxes)))
     # AMBIGUOUS: D37. An object's side is a multiple of all strides: only the borders tell one place from another.
     similarities = [mean_cosine(maps) for maps in trunk(common.normalise(grid))]
     return torch.stack(rates, 1), torch.stack(similarities, 1)
 
 
 def statistics(values):
-    """(N, stages) -> {stage: {"mean", "error": standard error of the mean, "count"}} over what is finite.
-
-    The mean of no value, and the error of one, are None.
-    """
+    """(N, stages) -> {stage: {"mean", "error": standard error, "count"}} of what is finite; None where that is too little."""
     result = {}
     for stage, column in zip(STAGES, values.double().T, strict=True):
         column = column[column.isfinite()]
@@ -237,9 +212,6 @@ def statistics(values):
         error = column.std().item() / count**0.5 if count > 1 else None
         result[stage] = {"mean": column.mean().item() if count else None, "error": error, "count": count}
     return result
-
-
-# ==== Pictures ========================================================================================================
 
 
 def draw_plots(path, results):
@@ -264,8 +236,7 @@ def draw_canvases(path, *rows):
 
 def job(argv=None):
     args = get_args(argv)
-    device = frozen.one_process()
-    frozen.require_own_folder(args.output_dir, vars(args))
+    device = frozen.start(args)
     pictures.pyplot()  # to miss it now and not after the work
     objects = frozen.open_objects(args, args.split, SCENE, masks=True)
     canvases = Canvases(objects, args.pair_size, args.grid_size, args.cut, args.seed)
@@ -290,7 +261,6 @@ def job(argv=None):
             values = {stage: np.array([value["mean"], value["error"]], float) for stage, value in stages.items()}
             line = "  ".join("{} {:.4f} +- {:.4f}".format(stage, *pair) for stage, pair in values.items())
             print(f"{kind:3} {line}  {name}")
-    print(f"means and their standard errors over {args.count} canvases")
     draw_plots(path("bias"), results)
     frozen.write_results(args.output_dir, "probes.bias", argv, vars(args), {"results": results})
 

@@ -5,8 +5,6 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +19,12 @@ HELD_OUT = 10**6  # the number of the first scene for probes: pre-training on sc
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def one_process():
-    """The device of a probe that is not spread over processes. Errors: UserError, torchrun started several."""
+def start(args):
+    """The device of a probe that runs in one process, with an output folder of its own. Errors: UserError."""
     _, processes, device = common.start_processes()
     if processes > 1:
         raise UserError("this probe runs in one process: start it with python, without torchrun")
+    require_own_folder(args.output_dir, vars(args))
     return device
 
 
@@ -44,19 +43,8 @@ def frozen_trunk(source, arch, seed, device):
     return trunk.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-# ==== Annotated objects ===============================================================================================
-
+# What is read of a file, by default: the outlines of train2017 alone would take gigabytes.
 FIELDS = {*"images annotations categories id name width height file_name image_id category_id bbox iscrowd".split()}
-OUTLINES = {"segmentation", "counts", "size"}
-
-
-class Annotated(NamedTuple):
-    """An image and its objects."""
-
-    image: Image.Image  # RGB, W x H
-    boxes: torch.Tensor  # (n, 4) float32: x0 y0 x1 y1 in pixels, within the image
-    labels: torch.Tensor  # (n,) int64: k stands for the k-th of `categories`, from 1
-    mask: Callable  # mask(i) -> (H, W) bool, the pixels of an object; None if only its box is annotated
 
 
 class CocoObjects:
@@ -64,17 +52,17 @@ class CocoObjects:
 
     AMBIGUOUS: D34. Crowds, which are no single objects, are left out; so are boxes without area.
 
-    `self[index]` is Annotated. Errors: OSError, the image cannot be read or is not as large as annotated.
+    `self[index]` is (image: PIL RGB; boxes: (n, 4) float32, x0 y0 x1 y1 in pixels, within the image; labels: (n,) int64, k
+    stands for the k-th of `categories`; mask: function from a row to (H, W) bool, or to None if there is no outline).
+    OSError: the image cannot be read or is not as large as annotated.
 
-    Args: root, split: DATA and SPLIT. masks: keep the outlines, too. categories: those that the objects must be of.
+    Args: masks: keep the outlines, too. categories: those that the objects must be of.
     Errors: UserError, see harness.coco.read_coco; no objects; images that do not fit the annotations.
     """
 
     def __init__(self, root, split, masks=False, categories=None):
-        path, fields = (
-            os.path.join(root, "annotations", f"instances_{split}.json"),
-            FIELDS | (OUTLINES if masks else set()),
-        )
+        path = os.path.join(root, "annotations", f"instances_{split}.json")
+        fields = FIELDS | {"segmentation", "counts", "size"} if masks else FIELDS
         self.data = coco.read_coco(path, os.path.join(root, split), categories, keep=fields)
         self.categories = self.data.categories
         order = sorted(range(len(self.data)), key=lambda i: self.data.images[i]["id"])
@@ -97,7 +85,7 @@ class CocoObjects:
         return self.data.name(self.indices[index])
 
     def objects(self, i):
-        """(boxes as in Annotated, COCO's dicts) of image i of the data."""
+        """(boxes, COCO's dicts) of image i of the data."""
         rows, size = self.data.objects(i), [self.data.images[i][side] or 0 for side in ("height", "width")]
         boxes = ops.box_convert(torch.tensor([row["bbox"] for row in rows]).view(-1, 4), "xywh", "xyxy")
         boxes = ops.clip_boxes_to_image(boxes, size)
@@ -106,12 +94,11 @@ class CocoObjects:
 
     def __getitem__(self, index):
         image, (boxes, rows) = self.data.read(self.indices[index]), self.objects(self.indices[index])
-
-        def mask(i):
-            outline = rows[i]["segmentation"]
-            return outline and coco.decode(outline, image.height, image.width).astype(bool)
-
-        return Annotated(image, boxes, torch.tensor([self.data.label[row["category_id"]] for row in rows]), mask)
+        labels, outlines = zip(
+            *[(self.data.label[row["category_id"]], row["segmentation"]) for row in rows], strict=True
+        )
+        decode = lambda i: outlines[i] and coco.decode(outlines[i], image.height, image.width).astype(bool)  # noqa: E731
+        return image, boxes, torch.tensor(labels), decode
 
 
 class SceneObjects(images.Scenes):
@@ -129,7 +116,7 @@ class SceneObjects(images.Scenes):
     def __getitem__(self, index):
         scene = self.scene(self.first + index)
         boxes, labels = torch.from_numpy(scene["boxes"]), torch.from_numpy(scene["labels"])
-        return Annotated(Image.fromarray(scene["image"]), boxes, labels, lambda i: scene["masks"][i])
+        return Image.fromarray(scene["image"]), boxes, labels, scene["masks"].__getitem__
 
 
 def open_objects(args, split, size, masks=False, bank=None):
@@ -140,9 +127,6 @@ def open_objects(args, split, size, masks=False, bank=None):
     if bank is None:
         return SceneObjects(HELD_OUT, count, size, args.seed)
     return SceneObjects(HELD_OUT + count, -(-count // 4), size, args.seed)
-
-
-# ==== Results =========================================================================================================
 
 
 def require_own_folder(folder, settings):

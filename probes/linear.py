@@ -9,12 +9,10 @@
     python -m probes.linear --data /imagenet --weights runs/resim/resnet50.pth --preset moco     ReSim's: 100 epochs, steps
     torchrun --nproc_per_node 8 -m probes.linear --data /imagenet --weights FILE                 the same on eight GPUs
 
-DATA/train/CLASS/... and DATA/val/CLASS/... hold the images; class folders may have subfolders. Every image of val counts
-once, however many processes. OUTPUT_DIR gets checkpoint.pth, fc.pth (weight and bias under torchvision's names),
-log.jsonl, curves.png and, after each epoch, results.json. The same command continues a killed run.
-
-The learning rate of 30 is right for a mean over cells as it is, without weight decay. Features of another scale need
-another (SwAV's: 0.3): a loss in the thousands says so, as with random weights.
+DATA/train/CLASS/... and DATA/val/CLASS/... hold the images. OUTPUT_DIR gets checkpoint.pth, fc.pth (weight and bias under
+torchvision's names), log.jsonl, curves.png and, after each epoch, results.json. The same command continues a killed run.
+The learning rate of 30 is right for a plain mean over cells. Features of another scale need another one (SwAV's: 0.3); a
+loss in the thousands says so, as with random weights.
 """
 
 import argparse
@@ -34,10 +32,7 @@ from harness.images import BadImages, ImageFolder, detach_worker, list_images
 from harness.run import Run, agree, main
 from probes.frozen import CORES, frozen_trunk, require_own_folder, write_results
 
-# ==== Settings ========================================================================================================
-
 EPOCHS = {"setsim": 90, "moco": 100}
-MOMENTUM, WEIGHT_DECAY = 0.9, 0.0
 
 
 def get_args(argv=None):
@@ -70,9 +65,6 @@ def learning_rate(preset, lr, epoch, epochs):
     if preset == "setsim":
         return common.cosine_lr(lr, epoch, epochs)
     return lr * 0.1 ** ((10 * epoch >= 6 * epochs) + (10 * epoch >= 8 * epochs))
-
-
-# ==== Data ============================================================================================================
 
 
 class ClassFolder(ImageFolder):
@@ -114,9 +106,6 @@ class Crops(torch.utils.data.Dataset):
         with common.drawing("crop", self.seed, epoch, index):
             x = self.transform(image)
         return x, self.images.labels[(index + passed) % len(self.images)], index, passed
-
-
-# ==== Features and their evaluation ===================================================================================
 
 
 @torch.no_grad()
@@ -175,9 +164,6 @@ def evaluate(run, trunk, fc, loader, bad):
     return {"top1": 100 * right[0] / count, "top5": 100 * right[1] / count, "images": count}
 
 
-# ==== Training ========================================================================================================
-
-
 def report(results):
     """What results.json says. Args: one {"epoch", "step", "top1", "top5", "images"} for each evaluation."""
     best = max(results, key=lambda result: result["top1"])
@@ -198,18 +184,17 @@ def job(argv=None):
     nn.init.zeros_(fc.bias)
     fc.to(run.device)
     lr = args.lr * args.batch_size / 256  # DEVIATION: B4. MoCo and released ReSim leave scaling to their user
-    optimizer = torch.optim.SGD(fc.parameters(), lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.SGD(fc.parameters(), lr, momentum=0.9)
     model, scaler = nn.ModuleDict({"fc": fc}), torch.amp.GradScaler(run.device.type, enabled=False)
     run.resume(model, optimizer, scaler, {"fc.pth": model}, results=[], bad_tests=[])
     require_own_folder(args.output_dir, run.settings)
     network, bad_tests = common.distributed(fc, run.device), BadImages(tests, run.kept["bad_tests"], "it is left out")
     print0(f"{len(images.classes)} classes; {len(tests)} test images; learning rates of {args.preset}")
+    mine = [(0, index) for index in range(run.rank, len(tests), run.processes)]
+    test_crops = Crops(tests, args.size, args.seed, training=False)
     test_loader = torch.utils.data.DataLoader(
-        Crops(tests, args.size, args.seed, training=False),
-        sampler=[(0, index) for index in range(run.rank, len(tests), run.processes)],
-        batch_size=run.share, num_workers=args.workers, worker_init_fn=detach_worker,
-        pin_memory=run.device.type == "cuda",
-    )  # fmt: skip
+        test_crops, run.share, sampler=mine, num_workers=args.workers, worker_init_fn=detach_worker
+    )
 
     def evaluated():
         """Evaluate and write results.json. None: a signal came before it was there."""

@@ -14,11 +14,9 @@ that lies outside the boxes of these objects is another image.
     python -m probes.oknn --data /coco --weights runs/d3ssl/resnet50.pth        COCO train2017 and val2017: Table 4
     python -m probes.oknn --data scenes:512 --arch resnet18 --weights FILE      built-in scenes, nothing to download
 
-DATA/annotations/instances_SPLIT.json and DATA/SPLIT/ are COCO's layout; any detection data so laid out will do. The bank
-is never stored: its features are compared with all queries as they come, only each query's k best neighbours are kept.
-
-The paper does not print k, tau, N and the images' size (AMBIGUOUS: D32). Accuracies of this script can be compared with
-one another, at equal settings, but not with Table 4.
+The bank is never stored: its features are compared with all queries as they come, and only each query's k best neighbours
+are kept. The paper does not print k, tau, N and the images' size (AMBIGUOUS: D32). Accuracies of this script can be
+compared with one another, at equal settings, but not with Table 4.
 """
 
 import argparse
@@ -65,14 +63,10 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ==== Images and their disturbance ====================================================================================
-
-
 def disturb(image, boxes, other):
     """Replace all that lies outside the boxes by another image (PAPER: section 5.3, "Disturbed Object-level KNN").
 
-    Args: image, other: (3, H, W) of the same type. boxes: (n, 4) x0 y0 x1 y1 in pixels; a pixel that a box touches stays.
-    Returns: (3, H, W)
+    image, other: (3, H, W) of the same type. boxes: (n, 4) x0 y0 x1 y1 in pixels; a pixel that a box touches stays.
     """
     inside = torch.zeros(image.shape[1:], dtype=torch.bool)  # (H, W)
     for x0, y0, x1, y1 in torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], 1).int().tolist():
@@ -84,9 +78,7 @@ class Variants(torch.utils.data.Dataset):
     """Images with their objects, each as it is and disturbed, all drawn from (seed, split, index) and nothing else.
 
     `self[index]` is (x (V, 3, H, W) uint8, boxes (n, 4) in pixels of x, labels (n,), index, whether it can be read).
-
-    Args: objects: CocoObjects or SceneObjects. size: short side in pixels. most: N, or None for all objects. disturbed:
-    whether there is a second variant. key: seed and split.
+    size: short side in pixels. most: N, or None for all objects. disturbed: is there a second variant? key: seed, split.
     """
 
     def __init__(self, objects, size, most, disturbed, *key):
@@ -120,9 +112,6 @@ class Variants(torch.utils.data.Dataset):
         return nothing, nothing, nothing, index, True  # no other image can be read
 
 
-# ==== Features ========================================================================================================
-
-
 @torch.no_grad()
 def object_features(trunk, x, boxes, where):
     """PAPER: section 5.3. The frozen backbone's feature of each object.
@@ -130,9 +119,8 @@ def object_features(trunk, x, boxes, where):
     AMBIGUOUS: D33. "From the C5 block" can also be read as the last stage applied to regions of C4 (`where` "c4"), as in
     section 4 and in detectors with a C4 backbone; that stage then sees nothing of what is outside the box on C4.
 
-    Args: trunk: gives [C2, C3, C4, C5], strides 4, 8, 16, 32. x: (V, 3, H, W) uint8. boxes: (n, 4) in pixels, the same in
-    all variants. where: "c5" or "c4".
-    Returns: (V, n, D) float32, unit length.
+    trunk: gives [C2, C3, C4, C5]. x: (V, 3, H, W) uint8. boxes: (n, 4) in pixels, the same in all variants. where: "c5" or
+    "c4". Returns (V, n, D) float32, unit length.
     """
     rows = [boxes] * len(x)
     if where == "c5":
@@ -144,13 +132,13 @@ def object_features(trunk, x, boxes, where):
 
 
 def all_features(trunk, variants, where, workers, part):
-    """The features of a whole set of images, a `Variants`. The network sees one image at a time, as sizes differ.
+    """The features of a whole set of images, a `Variants`, one at a time, as sizes differ.
 
-    Yields: (V, n, D) features and (n,) labels of so many images that n is at least `part`; the last of fewer.
+    Yields (V, n, D) features and (n,) labels of so many images that n is at least `part`; the last of fewer.
     Errors: UserError, more than 1 % of the images cannot be read, or there are no objects.
     """
-    bad, found, device = BadImages(variants.objects, outcome="it is left out"), [], trunk.conv1.weight.device
-    title, last = f"images of the {variants.key[1]}", len(variants) - 1
+    bad, found, device = BadImages(variants.objects, outcome="it is left out"), [], next(trunk.parameters()).device
+    title, last, any_object = f"images of the {variants.key[-1]}", len(variants) - 1, False
     loader = torch.utils.data.DataLoader(variants, None, num_workers=workers, worker_init_fn=detach_worker)
     for x, boxes, labels, index, read in pictures.progress(loader, len(variants), what=title):
         if not read:
@@ -162,18 +150,17 @@ def all_features(trunk, variants, where, workers, part):
         if found and (index == last or sum(len(labels) for _, labels in found) >= part):
             features, labels = zip(*found, strict=True)
             yield torch.cat(features, 1), torch.cat(labels)
-            found = []
-
-
-# ==== k-NN ============================================================================================================
+            found, any_object = [], True
+    if not any_object:
+        raise UserError(f"no object of {SMALLEST} pixels a side in the {title}")
 
 
 def nearest(queries, bank, labels, best, rows=PART):
     """Each query's nearest neighbours in what was seen before and a further part of the bank.
 
-    Args: queries: (Q, D), bank: (M, D), unit length. labels: (M,) int64 of the bank. best: (similarity (Q, k) descending,
-    labels (Q, k)) so far; at first -inf and 0. rows: queries compared at once, a matter of memory alone.
-    Returns: the same as `best`, of both together: as if the whole bank had come at once.
+    queries: (Q, D), bank: (M, D), unit length. labels: (M,) int64 of the bank. best: (similarity (Q, k) descending, labels
+    (Q, k)) so far; at first -inf and 0. rows: queries compared at once, a matter of memory alone. Returns the same as
+    `best`, of both together: as if the whole bank had come at once.
     """
     found = []
     for q, similarity, known in zip(queries.split(rows), best[0].split(rows), best[1].split(rows), strict=True):
@@ -186,9 +173,8 @@ def nearest(queries, bank, labels, best, rows=PART):
 def vote(similarity, labels, classes, temperature):
     """Weighted k-NN (AMBIGUOUS: D32): score of class c = sum of exp(similarity/tau) over the neighbours of class c.
 
-    Args: similarity, labels: (Q, k) as `nearest` gives them. classes: their number.
-    Returns: (Q, classes) scores, each query's relative to its nearest neighbour's weight (which changes no ranking); 0
-    where no neighbour has the class.
+    similarity, labels: (Q, k) as `nearest` gives them. Returns (Q, classes) scores, each query's relative to its nearest
+    neighbour's weight (which changes no ranking); 0 where no neighbour has the class.
     """
     weights = ((similarity.double() - similarity.amax(1, keepdim=True)) / temperature).exp()
     return weights.new_zeros(len(weights), classes).scatter_add_(1, labels, weights)
@@ -197,19 +183,15 @@ def vote(similarity, labels, classes, temperature):
 def top(scores, labels, n):
     """Whether the true class is among the n of highest score; a class without a vote never is, ties count as lost.
 
-    Args: scores: (Q, classes). labels: (Q,) int64. Returns: (Q,) bool
+    scores: (Q, classes). labels: (Q,) int64. Returns (Q,) bool.
     """
     own = scores.gather(1, labels[:, None])  # (Q, 1)
     return (own[:, 0] > 0) & ((scores >= own).sum(1) <= n)
 
 
-# ==== Evaluation ======================================================================================================
-
-
 def job(argv=None):
     args = get_args(argv)
-    device = frozen.one_process()
-    frozen.require_own_folder(args.output_dir, vars(args))
+    device = frozen.start(args)
     bank = frozen.open_objects(args, args.train, args.size)
     queries = frozen.open_objects(args, args.val, args.size, bank=bank)
     if min(len(bank), len(queries)) < 2:
