@@ -9,7 +9,7 @@ normalised features is trained: the cheap test of dense features.
                                                                        +- C5 -- 2 convs, beside C5, conv, dropout, 1x1 --> loss
     image --resize--> ResNet, dilated -- C5 -- head --> logits, whole or window by window --> at the original size: classes
     N images of this process    K classes, labels 0 .. K - 1, 255 is ignored    H, W pixels    C channels
-    sizes are (height, width)   windows are slices of rows and of columns
+    sizes: (height, width)      windows: slices of rows and of columns
 
     python transfer_seg.py --demo                                                        scenes, minutes on two cores
     torchrun --nproc_per_node 4 transfer_seg.py --task voc --data /VOCdevkit --weights runs/setsim/resnet50.pth
@@ -36,8 +36,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import nn
-from torchvision.datasets import Cityscapes
-from torchvision.ops import Conv2dNormActivation
+from torchvision import datasets, ops
 from torchvision.transforms.functional import pil_to_tensor
 
 import common
@@ -134,17 +133,15 @@ class MaskData:
     Args:
         rows: list of (name, image file, mask file, table), see `table_of`. classes: K names; label k stands for
         classes[k]. palette: uint8 (256, 3), the colours of labels and, last, of ignored pixels. title: for messages.
-    Errors:
-        OSError: no images, or files that do not exist.
+    Errors: OSError, no images, or files that do not exist.
     """
 
     def __init__(self, rows, classes, palette, title):
         self.rows, self.classes, self.palette, self.title = rows, classes, palette, title
         missing = [path for row in rows for path in row[1:3] if not os.path.exists(path)]
         if missing or not rows:
-            raise OSError(
-                f"{title}: {len(missing)} files are not there, {missing[0]}" if rows else f"{title}: no images"
-            )
+            what = f"{len(missing)} files are not there, the first is {missing[0]}" if rows else "no images"
+            raise OSError(f"{title}: {what}")
 
     def __len__(self):
         return len(self.rows)
@@ -191,10 +188,8 @@ def read_mask(path):
 
 def palette_of(colours):
     """Colours, (r, g, b) or '#rrggbb', as the first rows of a palette, uint8 (256, 3); the rest is black."""
-    palette = np.zeros((256, 3), np.uint8)
-    for row, colour in enumerate(colours):
-        palette[row] = ImageColor.getrgb(colour) if isinstance(colour, str) else colour
-    return palette
+    rows = [ImageColor.getrgb(colour) if isinstance(colour, str) else colour for colour in colours]
+    return np.pad(np.array(rows, np.uint8), ((0, 256 - len(rows)), (0, 0)))
 
 
 def voc_palette():
@@ -217,37 +212,28 @@ def read_voc(root, split):
     OFFICIAL: G4. As DenseCL: SBD's train and val without VOC's train and val. VOC's own masks (with ignored borders) are
     kept where there are any, SBD's have no borders. torchvision's train_noval is another, smaller list.
     """
-    root = os.path.join(root, "VOCdevkit") if os.path.isdir(os.path.join(root, "VOCdevkit")) else root
-    voc, sbd = os.path.join(root, "VOC2012"), os.path.join(root, "benchmark_RELEASE", "dataset")
-
-    def names(*path):
-        with open(os.path.join(*path)) as file:
-            return file.read().split()
-
-    own = {part: names(voc, "ImageSets", "Segmentation", f"{part}.txt") for part in ("train", "val")}
-    masks = {name: os.path.join(voc, "SegmentationClass", f"{name}.png") for name in own[split]}
+    root = f"{root}/VOCdevkit" if os.path.isdir(f"{root}/VOCdevkit") else root
+    voc, sbd = f"{root}/VOC2012", f"{root}/benchmark_RELEASE/dataset"
+    own = {part: np.loadtxt(f"{voc}/ImageSets/Segmentation/{part}.txt", str, ndmin=1) for part in ("train", "val")}
+    masks = {name: f"{voc}/SegmentationClass/{name}.png" for name in own[split]}
     if split == "train":
-        extra = {*names(sbd, "train.txt"), *names(sbd, "val.txt")} - {*own["train"], *own["val"]}
-        masks |= {name: os.path.join(sbd, "cls", f"{name}.mat") for name in sorted(extra)}
+        extra = {name for part in own for name in np.loadtxt(f"{sbd}/{part}.txt", str, ndmin=1)}
+        extra -= {*own["train"], *own["val"]}
+        masks |= {name: f"{sbd}/cls/{name}.mat" for name in sorted(extra)}
     table = table_of(range(21), [IGNORED])
-    rows = [(name, os.path.join(voc, "JPEGImages", f"{name}.jpg"), mask, table) for name, mask in masks.items()]
+    rows = [(name, f"{voc}/JPEGImages/{name}.jpg", mask, table) for name, mask in masks.items()]
     return MaskData(rows, VOC_CLASSES, voc_palette(), f"VOC 2012 {split}")
 
 
 def read_cityscapes(root, split):
     """Cityscapes' fine annotations: 19 train ids, from *_labelTrainIds.png or, where it is missing, from *_labelIds.png."""
-    classes = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORED), key=lambda c: c.train_id)
-    ids, rows = [c.id for c in classes], []
+    classes = sorted((c for c in datasets.Cityscapes.classes if 0 <= c.train_id < IGNORED), key=lambda c: c.train_id)
+    ids, images, rows = [c.id for c in classes], f"{root}/leftImg8bit/{split}", []
     train_ids, label_ids = table_of(range(19), [IGNORED]), table_of(ids, {*range(256)} - {*ids})
-    images, masks = (os.path.join(root, folder, split) for folder in ("leftImg8bit", "gtFine"))
-    for name in sorted(glob.glob(os.path.join("*", "*_leftImg8bit.png"), root_dir=images)):  # CITY/IMAGE
-        stem = os.path.join(masks, name.replace("leftImg8bit.png", "gtFine_label"))
-        mask = (
-            (f"{stem}TrainIds.png", train_ids)
-            if os.path.exists(f"{stem}TrainIds.png")
-            else (f"{stem}Ids.png", label_ids)
-        )
-        rows.append((name, os.path.join(images, name), *mask))
+    for name in sorted(glob.glob("*/*_leftImg8bit.png", root_dir=images)):  # CITY/IMAGE
+        mask = f"{root}/gtFine/{split}/{name.replace('leftImg8bit', 'gtFine_labelTrainIds')}"
+        kinds = (mask, train_ids), (mask.replace("TrainIds", "Ids"), label_ids)
+        rows.append((name, f"{images}/{name}", *kinds[not os.path.exists(mask)]))
     return MaskData(rows, [c.name for c in classes], palette_of(c.color for c in classes), f"Cityscapes {split}")
 
 
@@ -255,11 +241,10 @@ def read_ade20k(root, split):
     """ADE20K: 150 classes; the masks' 0 is ignored in training and testing, and the others move down by one."""
     with open(os.path.join(os.path.dirname(finetune.__file__), "ade20k.csv")) as file:
         classes, colours = zip(*(line.split(",") for line in file.read().splitlines()), strict=True)
-    base, split = os.path.join(root, "ADEChallengeData2016"), {"train": "training", "val": "validation"}[split]
-    base, table = base if os.path.isdir(base) else root, table_of(range(1, 151), [0, IGNORED])
-    images, masks = (os.path.join(base, kind, split) for kind in ("images", "annotations"))
-    names = sorted(name[:-4] for name in glob.glob("*.jpg", root_dir=images))
-    rows = [(name, os.path.join(images, f"{name}.jpg"), os.path.join(masks, f"{name}.png"), table) for name in names]
+    root = f"{root}/ADEChallengeData2016" if os.path.isdir(f"{root}/ADEChallengeData2016") else root
+    table, part = table_of(range(1, 151), [0, IGNORED]), {"train": "training", "val": "validation"}[split]
+    names = sorted(name[:-4] for name in glob.glob("*.jpg", root_dir=f"{root}/images/{part}"))
+    rows = [(n, f"{root}/images/{part}/{n}.jpg", f"{root}/annotations/{part}/{n}.png", table) for n in names]
     return MaskData(rows, list(classes), palette_of(colours), f"ADE20K {split}")
 
 
@@ -293,8 +278,7 @@ def custom_rows(args, say):
     rows = matching(args.images, args.masks, say)
     order, count = torch.randperm(len(rows), generator=common.generator("held out")).tolist(), max(len(rows) // 5, 1)
     if say:
-        text = f"{count} of {len(rows)} images are held out to evaluate, the same in every run"
-        print0(f"{text}; to choose them, make train/ and val/ folders in --images and --masks")
+        print0(f"{count} of {len(rows)} images are held out to evaluate; to choose them, make train/ and val/ folders")
     return {"train": [rows[i] for i in sorted(order[count:])], "val": [rows[i] for i in sorted(order[:count])]}
 
 
@@ -316,11 +300,10 @@ def values_of(row):
     """The values of a mask, a set. Errors: OSError, unreadable, or not of the size of its image."""
     _, image_file, mask_file = row
     mask = read_mask(mask_file)
-    size = mask.shape[::-1]
+    size = mask.shape
     with contextlib.suppress(Exception), Image.open(image_file) as image:  # unreadable images are found in training
-        lying = image.getexif().get(0x0112, 1) >= 5
-        size = image.size[::-1] if lying else image.size
-    if mask.shape[::-1] != size:
+        size = image.size
+    if sorted(mask.shape) != sorted(size):  # a photograph may still be turned by its EXIF data
         raise OSError(f"{mask_file} has {mask.shape[::-1]} pixels, its image {size}")
     return {*np.flatnonzero(np.bincount(mask.ravel())).tolist()}
 
@@ -359,13 +342,14 @@ def fit(image, labels, box):
     OFFICIAL: G5. As OpenCV does it: bilinear without anti-aliasing; the nearest label's place is rounded down.
 
     Args:
-        image: uint8 (3, H, W). labels: uint8 (H, W), or None. box: two sides in pixels.
+        image: PIL RGB. labels: uint8 numpy (H, W), or None. box: two sides in pixels. Returns uint8 tensors.
     """
-    height, width = image.shape[1:]
-    scale = min(max(box) / max(height, width), min(box) / min(height, width))
-    size = max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
-    image = F.interpolate(image[None], size, mode="bilinear")[0]
-    return image, labels if labels is None else F.interpolate(labels[None, None], size, mode="nearest")[0, 0]
+    scale = min(max(box) / max(image.size), min(box) / min(image.size))
+    size = max(int(image.height * scale + 0.5), 1), max(int(image.width * scale + 0.5), 1)
+    image = F.interpolate(pil_to_tensor(image)[None], size, mode="bilinear")[0]
+    if labels is not None:
+        labels = F.interpolate(torch.from_numpy(labels)[None, None], size, mode="nearest")[0, 0]
+    return image, labels
 
 
 def crop_window(labels, crop, draws, most=0.75):
@@ -375,9 +359,7 @@ def crop_window(labels, crop, draws, most=0.75):
 
     Args:
         labels: uint8 (H, W). crop: (height, width); an image that is smaller is taken whole on that side.
-        draws: (n, 2) numbers in [0, 1), places of n crops: down, right.
-    Returns:
-        (rows, columns), slices.
+        draws: (n, 2) numbers in [0, 1), places of n crops: down, right. Returns (rows, columns), slices.
     """
     for draw in draws:
         starts = [int(x * (max(side - c, 0) + 1)) for x, side, c in zip(draw, labels.shape, crop, strict=True)]
@@ -430,19 +412,15 @@ class TrainingImages(torch.utils.data.Dataset):
 
     def __init__(self, data, args):
         self.data, self.seed, self.resize, self.crop = data, args.seed, args.resize, args.crop
-        self.name, self.fingerprint = data.name, data.fingerprint
-
-    def __len__(self):
-        return len(self.data)
 
     def __getitem__(self, key):
         epoch, index = key
-        found, passed = readable(self.data.read, index, len(self))
+        found, passed = readable(self.data.read, index, len(self.data))
         image, labels = found or (Image.new("RGB", self.crop[::-1]), np.full(self.crop, IGNORED, np.uint8))
         rng = common.generator("views", self.seed, epoch, index)
         ratio, flip, *draws = torch.rand(2 + 2 * 11, generator=rng).tolist()  # a crop and ten more
         box = [int(side * (0.5 + 1.5 * ratio)) for side in self.resize]
-        image, labels = fit(pil_to_tensor(image), torch.from_numpy(labels), box)
+        image, labels = fit(image, labels, box)
         rows, columns = crop_window(labels, self.crop, zip(draws[::2], draws[1::2], strict=True))
         image, labels = image[:, rows, columns], labels[rows, columns]
         if flip < 0.5:
@@ -482,8 +460,8 @@ class FCNHead(nn.Module):
 
     def __init__(self, channels, width, classes, convs, concat):
         super().__init__()
-        self.convs = nn.Sequential(*(Conv2dNormActivation(width if i else channels, width) for i in range(convs)))
-        self.concat = Conv2dNormActivation(channels + width, width) if concat else None
+        self.convs = nn.Sequential(*(ops.Conv2dNormActivation(width if i else channels, width) for i in range(convs)))
+        self.concat = ops.Conv2dNormActivation(channels + width, width) if concat else None
         for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         self.dropout, self.classifier = nn.Dropout2d(0.1), nn.Conv2d(width, classes, 1)
@@ -499,13 +477,10 @@ class FCNHead(nn.Module):
 
 
 def pixel_loss(logits, labels):
-    """Cross-entropy, 0 on ignored pixels, averaged over all pixels.
+    """Cross-entropy of (N, K, H, W) and (N, H, W) int64, 0 on ignored pixels, averaged over all pixels.
 
     OFFICIAL: G9. Over all of them, ignored ones included, as in DenseCL's mmsegmentation: crops with much padding weigh
     less. torch's own mean divides by the others alone.
-
-    Args:
-        logits: (N, K, H, W). labels: (N, H, W) int64, 0 .. K - 1 or 255.
     """
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").mean()
 
@@ -556,7 +531,7 @@ class Segmenter(nn.Module):
         return loss, values
 
 
-# ==== Testing: whole or in windows, at the original size ==============================================================
+# ==== Testing: whole or in windows, at the original size; mIoU in percent =============================================
 
 
 def slide_windows(height, width, crop):
@@ -573,12 +548,10 @@ def slide_windows(height, width, crop):
 
 
 def slide(network, pixels, crop):
-    """Logits of an image, averaged over the windows that cover a pixel.
+    """Logits of an image, (1, K, H, W), averaged over the windows that cover a pixel.
 
     Args:
         network: function (1, 3, h, w) -> (1, K, h, w). pixels: (1, 3, H, W). crop: (height, width) of windows.
-    Returns:
-        (1, K, H, W).
     """
     total, count = None, pixels.new_zeros(pixels.shape[-2:])
     for rows, columns in slide_windows(*pixels.shape[-2:], crop):
@@ -589,32 +562,16 @@ def slide(network, pixels, crop):
     return total / count
 
 
-def at_test_size(image, args):
-    """PIL RGB -> uint8 (3, H, W) in the box of --resize."""
-    return fit(pil_to_tensor(image), None, args.resize)[0]
-
-
 @torch.no_grad()
 def segment(model, image, size, args):
-    """The class of each pixel of an image, uint8 numpy (height, width).
-
-    Args:
-        model: Segmenter in evaluation mode. image: uint8 (3, H, W) at the test size. size: (height, width) of the original.
-    """
+    """The class of each pixel of an image, uint8 numpy of the original `size`. image: uint8 (3, H, W) at the test size."""
     pixels = common.normalise(image[None])
     logits = slide(model, pixels, args.crop) if args.test == "slide" else model(pixels)
     return model.upsample(logits, size).argmax(1)[0].byte().cpu().numpy()
 
 
-# ==== Evaluation, in percent ==========================================================================================
-
-
 def confusion(predicted, labels, classes):
-    """How often each class (row) was taken for each (column), int64 (K, K); ignored pixels are left out.
-
-    Args:
-        predicted, labels: uint8 of equal shape. classes: K.
-    """
+    """How often each class (row) was taken for each (column), int64 (K, K), ignored pixels left out. Args: uint8 maps; K."""
     kept = labels != IGNORED
     places = labels[kept].astype(np.int64) * classes + predicted[kept]
     return np.bincount(places, minlength=classes**2).reshape(classes, classes)
@@ -623,10 +580,7 @@ def confusion(predicted, labels, classes):
 def scores(matrix, classes):
     """{"mIoU", "accuracy" of pixels, "mean_accuracy" of classes, "IoU_by_class"}, percent.
 
-    A class that is neither there nor predicted has no IoU and is in no mean.
-
-    Args:
-        matrix: (K, K), truth in rows. classes: K names.
+    matrix: (K, K), truth in rows. A class that is neither there nor predicted has no IoU and is in no mean.
     """
     right, truth, predicted = np.diag(matrix).astype(np.float64), matrix.sum(1), matrix.sum(0)
     union = truth + predicted - right
@@ -651,10 +605,9 @@ def colour(labels, palette):
 
 
 def draw(image, maps, classes, palette, longest=None):
-    """An image, below it label maps in colours, and below them the names of their classes: PIL RGB.
+    """An image, PIL RGB, below it label maps, uint8 (H, W), in colours, and below them the names of their classes.
 
-    Args:
-        image: PIL RGB. maps: list of uint8 (H, W). longest: long side of the panels, pixels.
+    longest: long side of the panels in pixels.
     """
     scale = longest / max(image.size) if longest else 1.0
     width, height = (max(round(side * scale), 1) for side in image.size)
@@ -676,16 +629,15 @@ def draw(image, maps, classes, palette, longest=None):
 def predict(args, model, classes, palette, device):
     """Segment every image below --predict: `masks/` with class numbers in the data set's colours, `pictures/` to look at,
     `classes.json` with the names."""
-    folder, count = os.path.join(args.output_dir, "predictions"), 0
+    folder = os.path.join(args.output_dir, "predictions")
+    os.makedirs(folder, exist_ok=True)
     for name, image in finetune.folder_to_predict(args):
-        labels = segment(model, at_test_size(image, args).to(device), (image.height, image.width), args)
+        labels = segment(model, fit(image, None, args.resize)[0].to(device), image.size[::-1], args)
         finetune.save_picture(colour(labels, palette), folder, "masks", f"{name}.png")
         finetune.save_picture(draw(image, [labels], classes, palette), folder, "pictures", f"{name}.png")
-        count += 1
-    os.makedirs(folder, exist_ok=True)
     rows = [{"value": k, "name": name, "colour": palette[k].tolist()} for k, name in enumerate(classes)]
     weights.write_atomically(os.path.join(folder, "classes.json"), [json.dumps(rows).encode()])
-    print0(f"{folder}: {count} masks and pictures, classes.json")
+    print0(f"{folder}: masks, pictures, classes.json")
 
 
 # ==== Training ========================================================================================================
@@ -696,30 +648,24 @@ def learning_rate(step, lr, iterations):
 
     DEVIATION: G10. The floor, 1e-4, is a hundredth of the protocol's rate and scaled with it.
     """
-    floor = lr / 100
-    return (lr - floor) * (1 - step / iterations) ** 0.9 + floor
+    return (lr - lr / 100) * (1 - step / iterations) ** 0.9 + lr / 100
 
 
-def new_segmenter(args, device, classes):
-    """The protocol's segmenter on a device: drawn from the seed, its backbone from --weights."""
+def new_segmenter(args, device, classes, source):
+    """The protocol's segmenter on a device, drawn from the seed. source: of the backbone, a value of --weights."""
     with common.drawing("model", args.seed):
         model = Segmenter(args.arch, classes, args.align_corners, args.linear_probe)
-    if args.weights != "random":
-        weights.load_into(model.backbone, args.weights, args.arch)
+    if source != "random":
+        weights.load_into(model.backbone, source, args.arch)
     # DEVIATION: G12. Batch norm is over the images of all processes, but not on CPUs.
     return common.synchronised_norms(model, device).to(device, memory_format=torch.channels_last)
 
 
 def fine_tune(args, train, val):
-    """One trial: train from the last checkpoint to the end, evaluate.
-
-    Returns:
-        the trial's result as `results.jsonl` has it; None if a signal or --steps ended it before.
-    """
-    images, (iterations, lr) = TrainingImages(train, args), finetune.linear_rule(args, protocol(args))
-    run = Run("transfer_seg", args, images, iterations, least=1, val_files=val.fingerprint())
-    start = args if not run.continued else argparse.Namespace(**vars(args) | {"weights": "random"})
-    model = new_segmenter(start, run.device, len(train.classes))
+    """One trial: train from the last checkpoint to the end, evaluate. None if a signal or --steps ended it before."""
+    iterations, lr = finetune.linear_rule(args, protocol(args))
+    run = Run("transfer_seg", args, train, iterations, least=1, val_files=val.fingerprint())
+    model = new_segmenter(args, run.device, len(train.classes), "random" if run.continued else args.weights)
     # OFFICIAL: G11. One group: norms and biases have weight decay, too, and the heads the backbone's learning rate.
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr, momentum=MOMENTUM, weight_decay=args.weight_decay)
@@ -728,10 +674,10 @@ def fine_tune(args, train, val):
     run.resume(model, optimizer, scaler, {"segmenter.pth": model}, **kept)
     network = common.distributed(model, run.device)
     torch.backends.cudnn.benchmark = True  # all crops have one size
-    print0(f"{title(args)}; {len(images)} images to train on, {len(val)} to evaluate; seed {args.seed}")
+    print0(f"{title(args)}; {len(train)} images to train on, {len(val)} to evaluate; seed {args.seed}")
 
     model.train()
-    for pixels, labels in run.steps(images):
+    for pixels, labels in run.steps(TrainingImages(train, args)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.step, lr, iterations)
         torch.manual_seed(common.key_seed("step", args.seed, run.step, run.rank))  # of the dropout
@@ -745,6 +691,7 @@ def fine_tune(args, train, val):
 
     if run.result or not run.ended:
         return run.result
+    torch.backends.cudnn.benchmark = False  # images to test on have many sizes
     result = evaluated(args, model, val, run.device)
     run.write(result=result)
     return result
@@ -752,13 +699,12 @@ def fine_tune(args, train, val):
 
 def evaluated(args, model, val, device):
     """Evaluate on the validation images: {"seed", "protocol", "mIoU", ...}, printed; and predictions.png."""
-    torch.backends.cudnn.benchmark = False  # images to test on have many sizes
 
     def prepare(index):
         image, labels = val.read(index)
-        return at_test_size(image, args), labels
+        return fit(image, None, args.resize)[0], labels
 
-    model, found, matrix = finetune.ready_to_test(model), {}, 0
+    model, found, matrix = finetune.ready_to_test(model), {}, np.zeros((len(val.classes),) * 2, int)
     for index, (image, labels) in finetune.share_of(val, prepare, args.workers):
         predicted = segment(model, image.to(device), labels.shape, args)
         matrix += confusion(predicted, labels, len(val.classes))
@@ -789,13 +735,12 @@ def job(argv=None):
         print_settings(args)
         return
     _, _, device = common.start_processes()
+    torch.backends.cudnn.benchmark = False
     if trained:
         classes, palette = trained["classes"], np.array(trained["palette"], np.uint8)
-        start = argparse.Namespace(**vars(args) | {"weights": "random"})
-        model = new_segmenter(start, device, len(classes))
+        model = new_segmenter(args, device, len(classes), "random")
         model.load_state_dict(trained["model"])
         if args.predict:
-            torch.backends.cudnn.benchmark = False
             predict(args, model.eval(), classes, palette, device)
             return
         result = evaluated(args, model, open_data(args, "val", classes), device)
@@ -814,7 +759,7 @@ def print_settings(args):
     classes = {"voc": 21, "cityscapes": 19, "ade20k": 150}.get(args.task) or len(open_data(args, "train").classes)
     settings = vars(args) | dict(zip(("iterations", "lr"), finetune.linear_rule(args, protocol(args)), strict=True))
     rows = "\n".join(f"{name:16} {value}" for name, value in settings.items())
-    print0(f"{title(args)}\n{rows}\n{new_segmenter(args, torch.device('cpu'), classes)}")
+    print0(f"{title(args)}\n{rows}\n{new_segmenter(args, torch.device('cpu'), classes, args.weights)}")
 
 
 if __name__ == "__main__":

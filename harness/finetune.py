@@ -217,18 +217,15 @@ def save_picture(image, *path):
 
 
 def save_columns(path, columns, gap=10):
-    """Write one picture of columns of PIL images, from left to right. Does nothing without columns."""
+    """Write one picture of columns of PIL images, from left to right, in rows. Does nothing without columns."""
     if not columns:
         return
-    width = sum(column[0].width + gap for column in columns) + gap
-    height = max(sum(image.height + gap for image in column) for column in columns) + gap
-    sheet, x = Image.new("RGB", (width, height), "white"), gap
-    for column in columns:
-        y = gap
-        for image in column:
-            sheet.paste(image, (x, y))
-            y += image.height + gap
-        x += column[0].width + gap
+    lefts = np.cumsum([gap, *(column[0].width + gap for column in columns)]).tolist()
+    tops = np.cumsum([gap, *(max(image.height for image in row) + gap for row in zip(*columns, strict=True))]).tolist()
+    sheet = Image.new("RGB", (lefts[-1], tops[-1]), "white")
+    for left, column in zip(lefts, columns, strict=False):
+        for top, image in zip(tops, column, strict=False):
+            sheet.paste(image, (left, top))
     sheet.save(path)
 
 

@@ -76,7 +76,8 @@ PANELS = {  # title of a panel: first words of the names of its values
     "losses": ("loss", "chance"),
     "std of unit embeddings (collapse: 0)": ("std", "spread"),
     "shares of images or windows": ("empty", "valid", "stuck"),
-    "counts": ("positives", "rows", "proposals"),
+    "counts": ("positives", "rows", "proposals", "foreground"),
+    "accuracy": ("accuracy", "train", "top1", "top5"),
     "shift (pixels)": ("shift",),
     "learning rate": ("lr",),
 }
@@ -92,7 +93,7 @@ def draw_curves(folder):
     except UserError:
         print0("matplotlib is not installed: no curves.png")
         return
-    lines = [line for line in read_log(os.path.join(folder, "log.jsonl")) if "loss" in line]
+    lines = [line for line in read_log(os.path.join(folder, "log.jsonl")) if "step" in line]
     names = dict.fromkeys(name for line in lines for name in line)
     panels = {title: [name for name in names if name.split("_")[0] in words] for title, words in PANELS.items()}
     panels = {title: shown for title, shown in panels.items() if shown}

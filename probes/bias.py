@@ -32,17 +32,14 @@ from torchvision.transforms import functional as TF
 
 import common
 from common import UserError, number
-from harness import pictures
-from harness.images import BadImages
-from harness.run import main
+from harness import images, pictures, run
 from probes import frozen
 
 STAGES = ("C2", "C3", "C4", "C5")
 KINDS = {"CR": "coupling rate", "MCS": "mean cosine similarity"}
 SMALLEST = 32  # AMBIGUOUS: D36. Pixels; objects with a shorter side are left out, they would be little but blur
 SCENE = 448  # pixels a side: objects of scenes are then about as large as the squares that they go into
-BATCH, SHOWN = 16, 6  # canvases at once; in a picture
-DRAWS = 100  # images tried for one object
+BATCH, SHOWN, DRAWS = 16, 6, 100  # canvases at once; in a picture; images tried for one object
 
 
 def get_args(argv=None):
@@ -54,7 +51,6 @@ def get_args(argv=None):
     flag("--output-dir", default="runs/bias", help="results.json and pictures go there")
     flag("--split", default="val2017", help="whose objects are used")
     flag("--arch", default="resnet50", choices=common.ARCHS, help="torchvision ResNet that the weights belong to, all of them")
-    # AMBIGUOUS: D36, D37
     flag("--count", default=500, type=number(int, 1), metavar="N", help="pairs for CR, and as many objects for MCS")
     flag("--cut", default="mask", choices=("mask", "box"), help="an object is what is inside its outline (its box where it has none), black around it; or all that is in its box")
     flag("--pair-size", default=128, type=number(int, 32), help="CR: side of an object's square in pixels, the canvas has twice as much; multiples of 64 put its edges onto edges of cells in all stages")
@@ -81,15 +77,13 @@ def parse_weights(words):
 
 
 def cut_out(image, box, mask, side):
-    """An object, stretched to a square: (3, side, side) uint8.
+    """An object, stretched to a square, black outside of its mask (H, W), if there is one: (3, side, side) uint8.
 
-    box: x0 y0 x1 y1 in pixels of the image (PIL), taken to whole ones outwards. mask: (H, W) bool, what is outside becomes
-    black; None: nothing does.
+    image: PIL. box: x0 y0 x1 y1 in pixels, taken to whole ones outwards.
     """
     if mask is not None:
         image = Image.composite(image, Image.new("RGB", image.size), Image.fromarray(mask))
-    x0, y0, x1, y1 = box
-    box = math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)
+    box = *map(math.floor, box[:2]), *map(math.ceil, box[2:])
     return TF.pil_to_tensor(image.crop(box).resize((side, side), Image.Resampling.BILINEAR))
 
 
@@ -104,17 +98,6 @@ def pair_canvases(a, b):
     return alone + F.pad(b, (side, 0, top, side - top)), alone
 
 
-def pair_boxes(side):
-    """x0 y0 x1 y1 in pixels of A and of B on the canvases of `pair_canvases`."""
-    top, bottom = side // 2, side // 2 + side
-    return (0, top, side, bottom), (side, top, 2 * side, bottom)
-
-
-def grid_canvas(patch):
-    """PAPER: section 3.2, Figure 4a. (3, g, g) -> (3, 3g, 3g): the same object in all places of a 3 x 3 grid."""
-    return patch.repeat(1, 3, 3)
-
-
 class Canvases:
     """What N pairs of objects are made into; pair i is drawn from (seed, i) and nothing else.
 
@@ -124,14 +107,14 @@ class Canvases:
 
     def __init__(self, objects, pair_side, grid_side, cut, seed):
         self.objects, self.sides, self.cut, self.seed = objects, (pair_side, grid_side), cut, seed
-        self.bad = BadImages(objects, outcome="it is passed over")
+        self.bad = images.BadImages(objects, outcome="it is passed over")
 
     def __getitem__(self, i):
         """(A beside B, A alone (3, 2s, 2s), A in all places of a grid (3, 3g, 3g)), uint8. Errors: see `draw`."""
         rng = common.generator("pair", self.seed, i)
         label, a, grid = self.draw(rng, 0, self.sides)
         _, b = self.draw(rng, label, self.sides[:1])
-        return *pair_canvases(a, b), grid_canvas(grid)
+        return *pair_canvases(a, b), grid.repeat(1, 3, 3)  # PAPER: section 3.2, Figure 4a
 
     def draw(self, rng, label, sides):
         """An object of another category than `label`: (its label, *squares of these sides). Errors: UserError, none found."""
@@ -150,9 +133,7 @@ class Canvases:
                 inside = mask(row) if self.cut == "mask" else None
                 return labels[row], *(cut_out(image, boxes[row].tolist(), inside, side) for side in sides)
         second = "" if label == 0 else " and of a second category"
-        raise UserError(
-            f"{DRAWS} images without an object of {SMALLEST} pixels a side{second}: the data do for no pairs"
-        )
+        raise UserError(f"{DRAWS} images without an object of {SMALLEST} pixels a side{second}: they give no pairs")
 
 
 def box_features(maps, box, side):
@@ -170,9 +151,8 @@ def box_features(maps, box, side):
 def coupling_rate(a_beside_b, a_alone, b):
     """PAPER: section 3.1. CR of each pair: the ratio of two cosines; 1 where B leaves the feature of A as it is.
 
-    AMBIGUOUS: D36. Numerator: A beside B; denominator: A alone; b: the feature of B beside A, as only two canvases are
-    described. The paper's values over 1 that rise with depth fit this order alone.
-    (N, C) each -> (N,); not finite where A alone has nothing in common with B.
+    AMBIGUOUS: D36. b is the feature of B beside A, as only two canvases are described. The paper's values over 1 that rise
+    with depth fit this order alone. (N, C) each -> (N,); not finite where A alone has nothing in common with B.
     """
     return F.cosine_similarity(a_beside_b, b) / F.cosine_similarity(a_alone, b)
 
@@ -189,12 +169,10 @@ def mean_cosine(maps):
 
 @torch.no_grad()
 def measure(trunk, beside, alone, grid):
-    """CR and MCS in each stage, (N, stages) each. beside, alone: (N, 3, 2s, 2s), grid: (N, 3, 3g, 3g), uint8 canvases.
-
-    trunk: function from normalised images to a list of maps, one for each stage.
-    """
+    """CR and MCS in each stage, (N, stages) each. beside, alone: (N, 3, 2s, 2s), grid: (N, 3, 3g, 3g), uint8 canvases."""
     side, rates = beside.shape[-1], []
-    a, b = pair_boxes(side // 2)
+    middle, top, bottom = side // 2, side // 4, side // 4 + side // 2
+    a, b = (0, top, middle, bottom), (middle, top, side, bottom)  # see pair_canvases
     for together, single in zip(trunk(common.normalise(beside)), trunk(common.normalise(alone)), strict=True):
         boxes = (together, a), (single, a), (together, b)
         rates.append(coupling_rate(*(box_features(maps, box, side) for maps, box in boxes)))
@@ -266,4 +244,4 @@ def job(argv=None):
 
 
 if __name__ == "__main__":
-    main(job)
+    run.main(job)

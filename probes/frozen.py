@@ -31,8 +31,7 @@ def start(args):
 def frozen_trunk(source, arch, seed, device):
     """The backbone to be probed, a ResNetTrunk in eval mode and without gradients. Prints where it was found.
 
-    Args: source: a file that `harness.weights.load_backbone` reads, "imagenet" or "random". seed: of random weights.
-    Errors: UserError, a file without such a backbone.
+    source: a file, "imagenet" or "random" (drawn from the seed). Errors: UserError, a file without such a backbone.
     """
     with common.drawing("random weights", seed):
         trunk = common.ResNetTrunk(arch)
@@ -54,10 +53,8 @@ class CocoObjects:
 
     `self[index]` is (image: PIL RGB; boxes: (n, 4) float32, x0 y0 x1 y1 in pixels, within the image; labels: (n,) int64, k
     stands for the k-th of `categories`; mask: function from a row to (H, W) bool, or to None if there is no outline).
-    OSError: the image cannot be read or is not as large as annotated.
-
-    Args: masks: keep the outlines, too. categories: those that the objects must be of.
-    Errors: UserError, see harness.coco.read_coco; no objects; images that do not fit the annotations.
+    OSError: the image cannot be read or is not as large as annotated. masks: whether outlines are kept. Errors: UserError,
+    see harness.coco.read_coco; no objects; images that do not fit the annotations; other categories than the given ones.
     """
 
     def __init__(self, root, split, masks=False, categories=None):
@@ -69,14 +66,11 @@ class CocoObjects:
         self.indices = np.array([i for i in order if len(self.objects(i)[0])])
         if not len(self):
             raise UserError(f"{path}: no object in it (crowds and empty boxes are left out)")
-        for index in (0, len(self) // 2, -1):
+        if images.readable(self.__getitem__, 0, len(self))[0] is None:
             try:
-                self[index]
-                break
+                self[0]
             except OSError as error:
-                reason = error
-        else:
-            raise UserError(f"{reason}: give the images that {path} was made for")
+                raise UserError(f"{error}: give the images that {path} was made for") from None
 
     def __len__(self):
         return len(self.indices)
@@ -94,21 +88,19 @@ class CocoObjects:
 
     def __getitem__(self, index):
         image, (boxes, rows) = self.data.read(self.indices[index]), self.objects(self.indices[index])
-        labels, outlines = zip(
-            *[(self.data.label[row["category_id"]], row["segmentation"]) for row in rows], strict=True
-        )
-        decode = lambda i: outlines[i] and coco.decode(outlines[i], image.height, image.width).astype(bool)  # noqa: E731
-        return image, boxes, torch.tensor(labels), decode
+        labels = torch.tensor([self.data.label[row["category_id"]] for row in rows])
+
+        def mask(row):
+            outline = rows[row]["segmentation"]
+            return outline and coco.decode(outline, image.height, image.width).astype(bool)
+
+        return image, boxes, labels, mask
 
 
 class SceneObjects(images.Scenes):
-    """The same of built-in scenes `first` to `first + count - 1` of a seed, `size` pixels a side."""
+    """The same of built-in scenes from number `first` on, `size` pixels a side."""
 
-    categories = scenes.CLASSES
-
-    def __init__(self, first, count, size, seed):
-        super().__init__(count, size, seed)
-        self.first = first
+    first, categories = HELD_OUT, scenes.CLASSES
 
     def name(self, index):
         return super().name(self.first + index)
@@ -120,13 +112,13 @@ class SceneObjects(images.Scenes):
 
 
 def open_objects(args, split, size, masks=False, bank=None):
-    """The objects of --data, scenes of `size` pixels among it. With `bank`, opened before: other ones of its categories."""
+    """The objects of --data; scenes have `size` pixels a side. With `bank`, opened before: others of its categories."""
     if args.data.partition(":")[0] != "scenes":
         return CocoObjects(args.data, split, masks, bank and bank.categories)
-    count = len(images.open_images(args.data, size, args.seed))
-    if bank is None:
-        return SceneObjects(HELD_OUT, count, size, args.seed)
-    return SceneObjects(HELD_OUT + count, -(-count // 4), size, args.seed)
+    found = SceneObjects(len(images.open_images(args.data, size, args.seed)), size, args.seed)
+    if bank:
+        found.first, found.count = HELD_OUT + len(bank), -(-len(bank) // 4)
+    return found
 
 
 def require_own_folder(folder, settings):
@@ -136,15 +128,12 @@ def require_own_folder(folder, settings):
     try:
         with open(path) as file:
             before = dict(json.load(file)["settings"])
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError, TypeError):
-        before = {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        before = settings if isinstance(error, FileNotFoundError) else {}
     names = [name for name in settings if name not in ("workers", "output_dir")]  # these change no result
     changed = [f"{n} {before.get(n)!r} -> {settings[n]!r}" for n in names if before.get(n) != settings[n]]
     if changed:
-        what = "; ".join(changed[:5])
-        raise UserError(f"{path}: results of other settings are there ({what}): give another --output-dir")
+        raise UserError(f"{path}: of other settings ({'; '.join(changed[:5])}): give another --output-dir")
 
 
 def write_results(folder, module, argv, settings, results):

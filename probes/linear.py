@@ -11,8 +11,7 @@
 
 DATA/train/CLASS/... and DATA/val/CLASS/... hold the images. OUTPUT_DIR gets checkpoint.pth, fc.pth (weight and bias under
 torchvision's names), log.jsonl, curves.png and, after each epoch, results.json. The same command continues a killed run.
-The learning rate of 30 is right for a plain mean over cells. Features of another scale need another one (SwAV's: 0.3); a
-loss in the thousands says so, as with random weights.
+The learning rate of 30 fits a plain mean over cells; a loss in the thousands says that features have another scale.
 """
 
 import argparse
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import common
@@ -68,9 +68,8 @@ def learning_rate(preset, lr, epoch, epochs):
 
 
 class ClassFolder(ImageFolder):
-    """The images below root/CLASS/, and their classes. labels: (images,) int64, positions in `classes`, names of folders.
+    """The images below root/CLASS/. classes: names of folders, those of the training set. labels: (images,) int64.
 
-    Args: classes: those of the training set; None: all folders, sorted.
     Errors: UserError, no such folder, no images, images in no class folder or in one that the training set has not.
     """
 
@@ -86,11 +85,11 @@ class ClassFolder(ImageFolder):
         self.labels = torch.tensor([position[name] for name in names])
 
 
-class Crops(torch.utils.data.Dataset):
-    """Labelled crops. Training: RandomResizedCrop (0.08 to 1 of the area) and a flip, drawn from (seed, epoch, index) and
-    nothing else; testing: the centre of the image at 8/7 of the size (256 for 224).
+class Crops(Dataset):
+    """`self[epoch, index]` is (x (3, s, s) uint8, its label, index, unreadable images passed over: see ImageFolder).
 
-    `self[epoch, index]` is (x (3, s, s) uint8, its label, index, unreadable images passed over: see ImageFolder).
+    Training: RandomResizedCrop (0.08 to 1 of the area) and a flip, drawn from (seed, epoch, index) and nothing else.
+    Testing: the centre of the image at 8/7 of the size (256 for 224).
     """
 
     def __init__(self, images, size, seed, training):
@@ -124,10 +123,8 @@ def hits(logits, labels):
 
 def fingerprint(trunk):
     """A name for the weights and running statistics of a network, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in trunk.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return f"sha256 {digest.hexdigest()[:16]}"
+    found = (name.encode() + tensor.cpu().numpy().tobytes() for name, tensor in trunk.state_dict().items())
+    return f"sha256 {hashlib.sha256(b''.join(found)).hexdigest()[:16]}"
 
 
 def require_frozen(trunk, wanted):
@@ -138,23 +135,20 @@ def require_frozen(trunk, wanted):
 
 @torch.no_grad()
 def evaluate(run, trunk, fc, loader, bad):
-    """Top-1 and top-5 accuracy on this process's share of the test images, added up over all processes.
+    """{"top1", "top5" in percent, "images"}, from the shares of the test images of all processes; None after a signal.
 
-    Args: loader: of `Crops`. bad: BadImages of the test images.
-    Returns: {"top1", "top5" in percent, "images"}; None after a signal: what came so far is dropped, run.stop is set.
-    Errors: UserError, too many images, or all, cannot be read.
+    loader: of `Crops`. bad: BadImages of the test images. Errors: UserError, too many images, or all, cannot be read.
     """
-    right, count = torch.zeros(2, dtype=torch.int64), 0
+    found = [torch.zeros(0, 2, dtype=torch.bool)]
     shown = pictures.progress(loader, len(loader), what="batches of test images") if run.rank == 0 else loader
     for x, labels, index, passed in shown:
-        logits = fc(features(trunk, x.to(run.device), run.args.amp))
-        own = passed == 0  # an image in the place of an unreadable one would count twice
-        right += hits(logits, labels.to(run.device)).cpu()[own].sum(0)
-        count += int(own.sum())
+        right = hits(fc(features(trunk, x.to(run.device), run.args.amp)), labels.to(run.device)).cpu()
+        found.append(right[passed == 0])  # an image in the place of an unreadable one would count twice
         bad.note(index, passed)
         if run.signalled:
             break
-    run.stop, unreadable, count, *right = agree(run.signalled, len(bad.new), count, *right.tolist())
+    found = torch.cat(found)
+    run.stop, unreadable, count, *right = agree(run.signalled, len(bad.new), len(found), *found.sum(0).tolist())
     if unreadable:
         bad.share()
     if run.stop:
@@ -162,12 +156,6 @@ def evaluate(run, trunk, fc, loader, bad):
     if not count:
         raise UserError(f"none of the {len(bad.source)} test images can be read")
     return {"top1": 100 * right[0] / count, "top5": 100 * right[1] / count, "images": count}
-
-
-def report(results):
-    """What results.json says. Args: one {"epoch", "step", "top1", "top5", "images"} for each evaluation."""
-    best = max(results, key=lambda result: result["top1"])
-    return {**results[-1], "best_top1": best["top1"], "best_epoch": best["epoch"], "evaluations": results}
 
 
 def job(argv=None):
@@ -190,11 +178,9 @@ def job(argv=None):
     require_own_folder(args.output_dir, run.settings)
     network, bad_tests = common.distributed(fc, run.device), BadImages(tests, run.kept["bad_tests"], "it is left out")
     print0(f"{len(images.classes)} classes; {len(tests)} test images; learning rates of {args.preset}")
+    crops = Crops(tests, args.size, args.seed, False)
     mine = [(0, index) for index in range(run.rank, len(tests), run.processes)]
-    test_crops = Crops(tests, args.size, args.seed, training=False)
-    test_loader = torch.utils.data.DataLoader(
-        test_crops, run.share, sampler=mine, num_workers=args.workers, worker_init_fn=detach_worker
-    )
+    test_loader = DataLoader(crops, run.share, sampler=mine, num_workers=args.workers, worker_init_fn=detach_worker)
 
     def evaluated():
         """Evaluate and write results.json. None: a signal came before it was there."""
@@ -203,7 +189,8 @@ def job(argv=None):
         run.kept["bad_tests"] = sorted(bad_tests.found)
         if found:
             results.append({"epoch": run.step / run.epoch_steps, "step": run.step, **found})
-            told = report(results)
+            best = max(results, key=lambda one: one["top1"])
+            told = {**results[-1], "best_top1": best["top1"], "best_epoch": best["epoch"], "evaluations": results}
             if run.rank == 0:
                 write_results(args.output_dir, "probes.linear", argv, run.settings, told)
             run.write(result=results[-1])
@@ -211,7 +198,7 @@ def job(argv=None):
             print0((text + "best top-1 {best_top1:.2f} after epoch {best_epoch:g}").format(**told))
         return found
 
-    for x, labels in run.steps(Crops(images, args.size, args.seed, training=True)):
+    for x, labels in run.steps(Crops(images, args.size, args.seed, True)):
         # The checkpoint of the epoch's end is saved: a run that is killed here evaluates again.
         if run.step and run.step % run.epoch_steps == 0 and not evaluated():
             run.save()

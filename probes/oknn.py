@@ -20,6 +20,7 @@ compared with one another, at equal settings, but not with Table 4.
 """
 
 import argparse
+import contextlib
 import math
 
 import torch
@@ -30,9 +31,7 @@ from torchvision.transforms import functional as TF
 
 import common
 from common import UserError, number
-from harness import pictures
-from harness.images import TRIES, BadImages, detach_worker
-from harness.run import main
+from harness import images, pictures, run
 from probes import frozen
 
 SMALLEST = 8  # AMBIGUOUS: D34. Pixels; objects with a shorter side in the resized image are left out
@@ -50,7 +49,6 @@ def get_args(argv=None):
     flag("--train", default="train2017", metavar="SPLIT", help="whose objects are the bank")
     flag("--val", default="val2017", metavar="SPLIT", help="whose objects are classified, all of them")
     flag("--arch", default="resnet50", choices=common.ARCHS, help="torchvision ResNet that the weights belong to")
-    # AMBIGUOUS: D32, D33, D35
     flag("--objects", default=5, type=some, metavar="N", help="objects of a training image in the bank, drawn at random: all of them would fill it with crowded images' classes")
     flag("--neighbours", default=20, type=some, metavar="K", help="k, how many vote")
     flag("--temperature", default=0.07, type=number(float, 1e-3), help="tau, a vote weighs exp(cosine/tau): the smaller, the more the nearest count")
@@ -102,25 +100,21 @@ class Variants(torch.utils.data.Dataset):
         if not self.disturbed:
             return x[None], boxes, labels, index, True
         # AMBIGUOUS: D35. The "randomly sampled image" is another one of the split, cut to the size from its middle.
-        for _ in range(TRIES):
+        for _ in range(images.TRIES):
             another = (index + 1 + torch.randint(len(self) - 1, (), generator=rng).item()) % len(self)
-            try:
-                other = ImageOps.fit(self.objects[another].image, resized.size, Image.Resampling.BILINEAR)
+            with contextlib.suppress(OSError):
+                other = ImageOps.fit(self.objects[another][0], resized.size, Image.Resampling.BILINEAR)
                 return torch.stack([x, disturb(x, boxes, TF.pil_to_tensor(other))]), boxes, labels, index, True
-            except OSError:
-                continue
         return nothing, nothing, nothing, index, True  # no other image can be read
 
 
 @torch.no_grad()
 def object_features(trunk, x, boxes, where):
-    """PAPER: section 5.3. The frozen backbone's feature of each object.
+    """PAPER: section 5.3. The frozen backbone's feature of each object: (V, n, D) float32, unit length.
 
     AMBIGUOUS: D33. "From the C5 block" can also be read as the last stage applied to regions of C4 (`where` "c4"), as in
     section 4 and in detectors with a C4 backbone; that stage then sees nothing of what is outside the box on C4.
-
-    trunk: gives [C2, C3, C4, C5]. x: (V, 3, H, W) uint8. boxes: (n, 4) in pixels, the same in all variants. where: "c5" or
-    "c4". Returns (V, n, D) float32, unit length.
+    trunk: gives [C2, C3, C4, C5]. x: (V, 3, H, W) uint8. boxes: (n, 4) in pixels, the same in all variants.
     """
     rows = [boxes] * len(x)
     if where == "c5":
@@ -137,9 +131,9 @@ def all_features(trunk, variants, where, workers, part):
     Yields (V, n, D) features and (n,) labels of so many images that n is at least `part`; the last of fewer.
     Errors: UserError, more than 1 % of the images cannot be read, or there are no objects.
     """
-    bad, found, device = BadImages(variants.objects, outcome="it is left out"), [], next(trunk.parameters()).device
-    title, last, any_object = f"images of the {variants.key[-1]}", len(variants) - 1, False
-    loader = torch.utils.data.DataLoader(variants, None, num_workers=workers, worker_init_fn=detach_worker)
+    bad, found, features = images.BadImages(variants.objects, outcome="it is left out"), [], None
+    device, title = next(trunk.parameters()).device, f"images of the {variants.key[-1]}"
+    loader = torch.utils.data.DataLoader(variants, None, num_workers=workers, worker_init_fn=images.detach_worker)
     for x, boxes, labels, index, read in pictures.progress(loader, len(variants), what=title):
         if not read:
             bad.note(torch.tensor([index]), torch.tensor([1]))
@@ -147,11 +141,11 @@ def all_features(trunk, variants, where, workers, part):
         if len(labels):
             features = object_features(trunk, x.to(device), boxes.to(device), where)
             found.append((features, labels.to(device, copy=True)))  # a worker's own tensor would hold a file open
-        if found and (index == last or sum(len(labels) for _, labels in found) >= part):
+        if found and (index == len(variants) - 1 or sum(len(labels) for _, labels in found) >= part):
             features, labels = zip(*found, strict=True)
             yield torch.cat(features, 1), torch.cat(labels)
-            found, any_object = [], True
-    if not any_object:
+            found = []
+    if features is None:
         raise UserError(f"no object of {SMALLEST} pixels a side in the {title}")
 
 
@@ -217,10 +211,9 @@ def job(argv=None):
         scores = vote(*(part.cpu() for part in found), len(seen), args.temperature)  # a GPU adds up in any order
         results[title] = {f"top{n}": 100 * top(scores, truth, n).double().mean().item() for n in (1, 5)}
         print("{}: top-1 {top1:.2f} top-5 {top5:.2f}".format(title, **results[title]))
-    text = "{queries} queries, {bank} objects in the bank; always its most frequent class: top-1 {majority:.2f}"
-    print(text.format(**results))
+    print("{queries} queries, {bank} objects in the bank; its largest class: top-1 {majority:.2f}".format(**results))
     frozen.write_results(args.output_dir, "probes.oknn", argv, vars(args), results)
 
 
 if __name__ == "__main__":
-    main(job)
+    run.main(job)

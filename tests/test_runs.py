@@ -78,7 +78,7 @@ SCRIPTS = {
     ),
     "transfer_seg": Script(
         "job", f"{CUSTOM} --masks {{data}}/masks --crop 64 --resize 128x64", {"segmenter.pth": ""},
-        "predictions.png results.jsonl", "loss_main loss_auxiliary accuracy", ("--weights", "backbone."),
+        "predictions.png results.jsonl", "loss_head loss_auxiliary accuracy", ("--weights", "backbone."),
         "--linear-probe", "linear_probe False -> True",
     ),
     "probes.linear": Script(
@@ -181,9 +181,8 @@ def test_a_run_leaves_what_it_promises(finished, photos):
             scale = 0.1 * 6 / 256 if key == "rates" else 1
             assert [line[learned] / scale for line in steps] == pytest.approx(values[key], rel=1e-4)
     else:
-        result = lines[-1]["result"]
-        file = folder / script.files.split()[-1]
-        assert json.loads(file.read_text().splitlines()[-1]) == result and result["weights"] == "random"
+        result, file = lines[-1]["result"], folder / script.files.split()[-1]
+        assert json.loads(file.read_text()).items() >= result.items() and lines[-1]["step"] == state["step"]
 
 
 @of(*METHODS)
@@ -308,7 +307,8 @@ def test_unreadable_images_are_named_once_and_too_many_stop_the_run(name, photos
     train(name, tmp_path / "data", tmp_path / "run")
     text = capsys.readouterr().out
     assert text.count("unreadable image, another one takes its place: a/0002.png") == 1
-    assert text.count("cannot be read, left out: b/0001.png") == (name not in METHODS)
+    left_out = {"probes.linear": "unreadable image, it is left out"}.get(name, "cannot be read, left out")
+    assert (f"{left_out}: b/0001.png" in text) == (name not in METHODS)
     assert steps_of(tmp_path / "run")[5]["bad_images"] == len(checkpoint(tmp_path / "run")["bad_images"]) == 1
     (tmp_path / "data" / "images" / "train" / "b" / "0007.png").write_bytes(b"broken")
     assert "2 of 12 images cannot be read (more than 1 %)" in refusal(name, tmp_path / "data", tmp_path / "other")
@@ -319,7 +319,8 @@ def test_bad_input_in_one_clear_line(name, flags, photos, tmp_path, monkeypatch,
     """Exit code 2, and beside argparse's usage one line that says what to do."""
     (tmp_path / "text").write_text("no json")
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    write_images(tmp_path / "others", 2)
+    for folder in ("others/train", "one/train/a", "one/val/a"):
+        write_images(tmp_path / folder, 2)
     monkeypatch.setattr(Run, "steps", lambda *_: pytest.fail("a run has begun"))
     given = flags.format(tmp=tmp_path, data=photos).split()
     given += [] if "--output-dir" in given else ["--output-dir", str(tmp_path / "out")]
@@ -525,12 +526,12 @@ def test_killed_at_random_instants(finished, photos, tmp_path):
 
 
 WORKER = """
-import os, runpy, sys, threading, time
+import os, pathlib, runpy, sys, threading, time
 sys.path[:0] = [{root!r}, {tests!r}]
 number, folder, photos, *rest = sys.argv[1:]
 if number == "all":
     import test_runs
-    test_runs.run_all(folder, photos)
+    test_runs.run_all(pathlib.Path(folder), photos)
     sys.exit()
 
 def watch():
@@ -578,45 +579,54 @@ def run_all(folder, photos):
         patch.setattr("torchvision.models.detection._utils.BalancedPositiveNegativeSampler", FirstOnes)
         for name in SCRIPTS:
             patch.setattr(torch.nn.modules.batchnorm._BatchNorm, "forward", frozen if name in TRANSFERS else norm)
-            train(name, photos, os.path.join(folder, name))
+            train(name, photos, folder / name, "--steps", 1)
+            if common.rank() == 0:
+                shutil.copytree(folder / name, folder / f"{name} first")
+            common.all_gather(torch.zeros(1))  # wait for the first process
+            train(name, photos, folder / name)
+    if common.processes() > 1:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def in_three_processes(photos, tmp_path_factory):
-    """The folder of what `run_all` leaves in three processes, and of the program."""
-    folder = tmp_path_factory.mktemp("three")
-    (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    run(folder / "worker.py", "all", folder, photos, processes=3)
-    return folder
+def by_one_and_three(photos, tmp_path_factory):
+    """The folders of what `run_all` leaves in one process and in three."""
+    one, three = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("three")
+    with signals_given_back():
+        run_all(one, photos)
+    (three / "worker.py").write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    run(three / "worker.py", "all", three, photos, processes=3)
+    return one, three
 
 
 @pytest.mark.slow
-def test_three_processes_do_what_one_does(in_three_processes, photos, tmp_path, capsys):
-    """Six images in one process, or two in each of three: what is learned, exported, logged, evaluated; written once."""
-    run_all(tmp_path, photos)
-    for name, script in SCRIPTS.items():
-        one, three = tmp_path / name, in_three_processes / name
-        assert {*os.listdir(one)} == {*os.listdir(three)} - {"curves.png"}
-        a, b = checkpoint(one), checkpoint(three)
-        assert a["settings"] | {"processes": 3} == b["settings"] and a["model"].keys() == b["model"].keys()
-        for key, tensor in a["model"].items():
-            torch.testing.assert_close(b["model"][key], tensor, rtol=1e-3, atol=1e-5, msg=lambda t, k=key: f"{k}: {t}")
-        for step, values in steps_of(one).items():
-            assert steps_of(three)[step]["loss"] == pytest.approx(values["loss"], rel=1e-4)
-        if name in TRANSFERS:
-            result = log_lines(three)[-1]["result"]
-            job(name)(["--eval-only", "--output-dir", str(three)])
-            assert json.loads((three / "evaluation.json").read_text()) == {"step": 5, **result}
-        assert "processes 3 -> 1" in refusal(name, photos, three)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_three_processes_do_what_one_does(name, by_one_and_three, photos):
+    """Six images in one process, or two in each of three. In the first step all gradients are equal but for rounding."""
+    one, three = (folder / name for folder in by_one_and_three)
+    assert {*os.listdir(one)} == {*os.listdir(three)}
+    a, b = (checkpoint(f"{folder} first") for folder in (one, three))
+    assert a["settings"] | {"processes": 3} == b["settings"] and a["step"] == b["step"] == 1
+    a, b = a["optimizer"]["state"], b["optimizer"]["state"]
+    for key, x in {key: x["momentum_buffer"] for key, x in a.items()}.items():
+        torch.testing.assert_close(b[key]["momentum_buffer"], x, rtol=1e-3, atol=1e-3 * float(x.abs().max()) + 1e-8)
+    losses = [[values["loss"] for values in steps_of(folder).values()] for folder in (one, three)]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=0.02 if name == "transfer_det" else 1e-3)  # the order of boxes
+    if name in TRANSFERS:
+        job(name)(["--eval-only", "--output-dir", str(three)])
+        result = log_lines(three)[-1]["result"]
+        assert json.loads((three / "evaluation.json").read_text()) == {"step": 5, **result}
+    assert "processes 3 -> 1" in refusal(name, photos, three)
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_a_killed_worker(in_three_processes, photos, tmp_path):
+def test_torchrun_restarts_a_killed_worker(by_one_and_three, photos, tmp_path):
     """--max-restarts: all go on from the last checkpoint and end with the same weights."""
     flags = flags_of("setsim", photos, tmp_path, "--save-every", 1)
-    words = command(in_three_processes / "worker.py", 1, tmp_path, photos, "setsim.py", *flags, processes=3)
+    words = command(by_one_and_three[1] / "worker.py", 1, tmp_path, photos, "setsim.py", *flags, processes=3)
     words.insert(words.index("--standalone"), "--max-restarts=2")
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr
     assert "continued from step" in done.stdout
-    assert_same_run(tmp_path, in_three_processes / "setsim")
+    assert_same_run(tmp_path, by_one_and_three[1] / "setsim")

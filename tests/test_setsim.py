@@ -553,7 +553,7 @@ def test_pieces_work_alone(monkeypatch):
         ("random_view", "two_views"),
     ]
     pieces += [("cell_centres", "geometry_pairs"), ("ratio_set", "threshold_set", "select")]
-    pieces += [("moco_heads",), ("simsiam_heads",)]
+    pieces += [("moco_heads",), ("simsiam_heads",), ("cell_centres",), ("ratio_set",), ("threshold_set",)]
     for names in pieces:
         for name, alone in zip(names, lifted("setsim.py", *names), strict=True):
             assert alone is not getattr(setsim, name)

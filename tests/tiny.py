@@ -29,6 +29,7 @@ if __name__ == "__main__":
     sys.path[0] = str(root)
     del sys.argv[0]
     torchvision.models.resnet18 = TinyResNet
+    sys.modules |= dict.fromkeys(("matplotlib", "tqdm", "cv2"))  # not installed: no script needs them to train
     if sys.argv[0].endswith(".py"):
         runpy.run_path(str(root / sys.argv[0]), run_name="__main__")
     else:
