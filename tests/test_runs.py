@@ -28,8 +28,8 @@ from tiny import TinyResNet
 
 import common
 import transfer_det
+from harness import pictures, weights
 from harness import run as runs
-from harness import weights
 from harness.run import Run
 
 pytestmark = pytest.mark.usefixtures("tiny_resnet", "quick")
@@ -548,7 +548,7 @@ runpy.run_path({tests!r} + "/tiny.py", run_name="__main__")
 
 
 class FirstOnes:
-    """In place of torchvision's sampler of anchors and boxes: the first of each kind, 16 in all."""
+    """In place of torchvision's sampler of anchors and boxes: the first positive and 15 negatives of each image."""
 
     def __init__(self, count, share):
         self.batch_size_per_image = 16
@@ -556,34 +556,41 @@ class FirstOnes:
     def __call__(self, matched):
         masks = []
         for labels in matched:
-            positive = (labels >= 1) & ((labels >= 1).cumsum(0) <= 4)
-            masks.append((positive, (labels == 0) & ((labels == 0).cumsum(0) <= 16 - positive.sum())))
+            found = [labels >= 1, labels == 0]
+            masks.append([mask & (mask.cumsum(0) <= most) for mask, most in zip(found, (1, 15), strict=True)])
         return [list(mask) for mask in zip(*masks, strict=True)]
 
 
 def run_all(folder, photos):
-    """Run each script, under torchrun or alone, so that nothing depends on which images share a process.
+    """Run each script, under torchrun or alone, so that nothing depends on which images share a process; copy what is
+    there after the first step.
 
     Groups are of two images. The batch norms of the transfer scripts use running statistics, as those of the batch are
     not synchronised on CPUs; dropout is off, and samples are not drawn.
     """
-    norm = torch.nn.modules.batchnorm._BatchNorm.forward
+    norm, save = torch.nn.modules.batchnorm._BatchNorm.forward, Run.save
 
     def frozen(module, x):
         return torch.nn.functional.batch_norm(x, module.running_mean, module.running_var, module.weight, module.bias)
 
+    def save_and_copy(run):
+        save(run)
+        if run.rank == 0 and run.step == 1:
+            shutil.copytree(run.args.output_dir, f"{run.args.output_dir} first")
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "save", save_and_copy)
+        patch.setattr(pictures, "draw_curves", lambda *_: None)
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(runs, "MEASURED", 6)
+        patch.setattr(runs, "BATCH", 6)
         patch.setattr(torchvision.models, "resnet18", TinyResNet)
         patch.setattr(common, "GROUP", 2)
         patch.setattr(torch.nn.functional, "dropout2d", lambda x, *_: x)
         patch.setattr("torchvision.models.detection._utils.BalancedPositiveNegativeSampler", FirstOnes)
         for name in SCRIPTS:
             patch.setattr(torch.nn.modules.batchnorm._BatchNorm, "forward", frozen if name in TRANSFERS else norm)
-            train(name, photos, folder / name, "--steps", 1)
-            if common.rank() == 0:
-                shutil.copytree(folder / name, folder / f"{name} first")
-            common.all_gather(torch.zeros(1))  # wait for the first process
-            train(name, photos, folder / name)
+            train(name, photos, folder / name, "--save-every", 1)
     if common.processes() > 1:
         torch.distributed.destroy_process_group()
 
