@@ -638,7 +638,7 @@ REFUSED = {
     "--data photos": "give --proposals DIR, made by: python -m tools.proposals --data photos --out DIR",
     "--demo --size 225": "--size 225: must be even and at least 64",
     "--demo --size 62": "--size 62: must be even and at least 64",
-    "--demo --framework soco --depositioning": "--depositioning is a loss of D3SSL",
+    "--data x --proposals y --framework soco --depositioning": "--depositioning is a loss of D3SSL",
     "--demo --ema 1.5": "argument --ema: 1.5: must be between 0 and 1",
     "--demo --temperature 0": "argument --temperature: 0: must be at least 0.001",
     "--demo --queue-size 0": "argument --queue-size: 0: must be at least 1",

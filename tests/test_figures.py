@@ -113,7 +113,7 @@ def test_ap_is_the_mean_over_trials_and_the_gain_is_over_the_first_run(tmp_path)
         """(line, half the length of each error bar that is drawn) of each run"""
         for line, _, bars in (container.lines for container in axis.containers):
             lengths = [np.ptp(x[:, 1]) / 2 for bar in bars for x in bar.get_segments() if len(x)]
-            yield line, np.array(lengths)
+            yield line, np.array(lengths, float)
 
     found = drawn("ap", *runs, "--names", *trials)
     assert [*found] == ["box: AP", "box: gain over base", "keypoints: AP", "keypoints: gain over base"]

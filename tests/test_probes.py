@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """probes/: linear evaluation, object k-NN, coupling rate and positional bias."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,7 +9,6 @@ import random
 import shutil
 import signal
 import sys
-import tracemalloc
 from types import SimpleNamespace
 
 import helpers
@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import ROOT, LargestTensor, assert_same, checkpoint, log_lines, signals_given_back
+from helpers import LargestTensor, assert_same, checkpoint, log_lines, signals_given_back
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision import transforms
@@ -110,7 +110,7 @@ def test_linear_schedules():
 
 def test_linear_counts_what_is_right(monkeypatch, capsys):
     """Top-1 and top-5 of seven classes against a loop; what stands in for an unreadable image is not counted."""
-    rng, names = torch.Generator().manual_seed(0), SimpleNamespace(name=str)
+    rng = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(50, 7, generator=rng), torch.randint(7, (50,), generator=rng)
     rows = logits, labels, torch.arange(50), (torch.arange(50) == 20).long()
     monkeypatch.setattr(linear, "features", lambda trunk, x, amp: x)
@@ -124,3 +124,608 @@ def test_linear_counts_what_is_right(monkeypatch, capsys):
     assert capsys.readouterr().out == "unreadable image, it is left out: 20\n"
     with pytest.raises(UserError, match="none of the 1 test images can be read"):
         linear.evaluate(run, None, nn.Identity(), [[x[20:21] for x in rows]], BadImages(OneOfMany(1)))
+
+
+class OneOfMany:
+    """Images of which only the first can be read. Their names are their numbers."""
+
+    def __init__(self, count, first=None):
+        self.count, self.first, self.name = count, first, str
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index:
+            raise OSError("broken")
+        return self.first
+
+
+@pytest.mark.parametrize("flags", [[], ["--save-every", "2"]])
+def test_linear_evaluates_each_epoch_once_wherever_it_is_stopped(
+    flags, classes, finished, tmp_path, monkeypatch, capsys
+):
+    """Killed between an epoch's last step and its evaluation; a signal during this evaluation, and during the last one."""
+    evaluate, steps = linear.evaluate, []
+
+    def stopped(run, *rest):
+        steps.append(run.step)
+        if len(steps) == 1:
+            raise KeyboardInterrupt
+        if len(steps) in (2, 5):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(run, *rest)
+
+    monkeypatch.setattr(linear, "evaluate", stopped)
+    for step, expected in ((2 if flags else 3, KeyboardInterrupt), (3, None), (9, SystemExit), (9, None), (9, None)):
+        with pytest.raises(expected) if expected else contextlib.nullcontext():
+            probe(classes, tmp_path, *flags)
+        assert checkpoint(tmp_path)["step"] == step
+    text = capsys.readouterr().out
+    assert "stopped by a signal and saved at step 3" in text and "finished, at step 9 of 9" in text
+    assert steps == [3, 3, 3, 6, 9, 9] and evaluations_of(tmp_path) == evaluations_of(finished)
+    assert results_of(tmp_path)["evaluations"] == results_of(finished)["evaluations"]
+    for name in ("model", "optimizer"):
+        assert_same(checkpoint(tmp_path)[name], checkpoint(finished)[name])
+
+
+@pytest.mark.slow
+def test_linear_on_two_processes_is_the_same_run(classes, finished, tmp_path):
+    flags = ["--data", classes, "--output-dir", tmp_path, *TINY]
+    assert "batch 8 = 2 x 4 on cpu" in helpers.run("tests/tiny.py", "probes.linear", *flags, processes=2)
+    assert results_of(tmp_path)["evaluations"] == results_of(finished)["evaluations"]  # 21 images: each once
+    torch.testing.assert_close(checkpoint(tmp_path)["model"], checkpoint(finished)["model"], rtol=1e-4, atol=1e-6)
+
+
+def test_linear_optimiser_and_first_weights(classes, tmp_path, monkeypatch):
+    """The weights stay at a rate of 0. Batch 8 of 256."""
+    made, sgd = [], torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda *args, **kwargs: made.append(sgd(*args, **kwargs)) or made[-1])
+    monkeypatch.setattr(linear, "learning_rate", lambda preset, lr, epoch, epochs: 0 * lr)
+    probe(classes, tmp_path, "--lr", 3.2, "--steps", 2)
+    model, (group,) = torch.load(tmp_path / "fc.pth"), made[0].param_groups
+    assert model["fc.weight"].shape == (3, 128) and 0.009 < model["fc.weight"].std() < 0.011
+    assert abs(model["fc.weight"].mean()) < 0.002 and not model["fc.bias"].any()
+    assert (group["momentum"], group["weight_decay"], group["nesterov"], made[0].defaults["lr"]) == (0.9, 0, False, 0.1)
+
+
+def test_linear_learns_on_frozen_features_in_the_precision_asked_for(classes, finished, tmp_path, monkeypatch):
+    """Autocast is of the backbone alone; it stays in eval mode, and one that moves, or another one, is noticed."""
+    x = torch.randint(0, 256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    trunk, real, seen = frozen.frozen_trunk("random", "resnet18", 0, CPU), linear.features, []
+    assert real(trunk, x, "bf16").dtype == torch.float32 and not torch.equal(real(trunk, x), real(trunk, x, "bf16"))
+    monkeypatch.setattr(linear, "features", lambda t, x, amp: seen.append((t.training, amp)) or real(t, x, amp))
+    probe(classes, tmp_path / "a", "--amp", "bf16", "--steps", 2)
+    assert seen == [(False, "bf16")] * (2 + 3)  # two steps, three batches of test images
+    for change in (lambda trunk: trunk.train(), lambda trunk: trunk.conv1.weight.mul_(1.001)):
+        monkeypatch.setattr(linear, "features", lambda trunk, *x, change=change: (change(trunk), real(trunk, *x))[1])
+        with pytest.raises(RuntimeError, match="frozen backbone has changed"):
+            probe(classes, tmp_path / "b", "--steps", 3)
+    torch.save(trunk.state_dict(), tmp_path / "weights.pth")
+    probe(classes, finished, "--weights", tmp_path / "weights.pth")  # the same ones
+    trunk.bn1.running_mean += 1
+    torch.save(trunk.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="had other settings .weights 'sha256 "):
+        probe(classes, finished, "--weights", tmp_path / "weights.pth")
+
+
+def test_linear_crops_are_drawn_from_seed_epoch_and_index_alone(classes, tmp_path):
+    images, x = linear.ClassFolder(str(classes / "train")), {}
+    assert images.classes == ["a", "b", "train"] and images.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
+    assert images.name(12) == os.path.join("b", "deep", "2.png")
+    for seed, epoch, index in ((0, 0, 3), (0, 1, 3), (1, 0, 3), (0, 0, 4)):
+        torch.manual_seed(random.randrange(1000))
+        x[seed, epoch, index], label, *_ = linear.Crops(images, 32, seed, True)[epoch, index]
+        assert label == 0 and x[seed, epoch, index].shape == (3, 32, 32)
+    assert torch.equal(x[0, 0, 3], linear.Crops(images, 32, 0, True)[0, 3][0])
+    assert not any(torch.equal(x[0, 0, 3], x[key]) for key in x if key != (0, 0, 3))
+    tests = linear.Crops(images, 32, 0, False)
+    assert torch.equal(tests[0, 3][0], tests[5, 3][0])
+    shutil.copytree(classes / "train", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "a" / "9.png").write_bytes(b"broken")  # the last of its class: the next one is of class b
+    assert linear.Crops(linear.ClassFolder(str(tmp_path)), 32, 0, False)[0, 9][1:] == (1, 9, 1)
+
+
+def test_linear_crops_cover_what_the_protocol_says(tmp_path):
+    """Shares of the area from 0.08 to 1, half of them flipped; the middle 7/8 when testing."""
+    (tmp_path / "a").mkdir()
+    helpers.coordinate_image(256, 256).save(tmp_path / "a" / "0.png")
+    images = linear.ClassFolder(str(tmp_path))
+    x = torch.stack([linear.Crops(images, 64, 0, True)[epoch, 0][0] for epoch in range(300)]).float()
+    width, height = (x[:, 0, :, -1] - x[:, 0, :, 0]).mean(1), (x[:, 1, -1] - x[:, 1, 0]).mean(1)
+    shares = width.abs() * height / 256**2 * (64 / 63) ** 2
+    assert 0.06 < shares.min() < 0.14 and 0.9 < shares.max() < 1.02 and 0.45 < shares.mean() < 0.6
+    assert 0.4 < (width < 0).float().mean() < 0.6
+    x = linear.Crops(images, 224, 0, False)[0, 0][0]
+    assert (x[0, :, 0] == 16).all() and (x[0, :, -1] == 239).all() and (x[1, 0] == 16).all()
+
+
+# ---- annotated objects
+
+
+def write_coco(root, split, count, rng, extra=()):
+    """`count` images of three squares of different colours on noise; category ids 3, 7 and 40 by colour."""
+    (root / split).mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    images, rows, categories = [], list(extra), [{"id": i, "name": str(i)} for i in (40, 3, 7)]
+    for i in range(count):
+        size = [(96, 72), (72, 96), (80, 80)][i % 3]
+        image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
+        for j, category in enumerate(rng.permutation([3, 7, 40]).tolist()):
+            x, y, w, h = 2 + size[0] // 3 * j, int(rng.integers(2, 30)), 22, 38
+            image.paste(noisy(COLOURS[[3, 7, 40].index(category)], (w, h), rng), (x, y))
+            upper = [[x, y, x + w, y, x + w, y + h / 2, x, y + h / 2]]  # the outline is the upper half of the box
+            rows.append({"image_id": 10 * i, "category_id": category, "bbox": [x, y, w, h], "segmentation": upper})
+        image.save(root / split / f"{i:03}.png")
+        images.append({"id": 10 * i, "file_name": f"{i:03}.png", "width": size[0], "height": size[1]})
+    content = {"images": images[::-1], "annotations": rows, "categories": categories}
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("coco"), np.random.default_rng(0)
+    boxes = [[0, 0, 2, 60], [90, 50, 30, 30], [100, 5, 9, 5], [10, 5, 0, 5]]  # thin, cut, beside the image, empty
+    rows = [{"image_id": 0, "category_id": 7, "iscrowd": 0, "bbox": box, "segmentation": []} for box in boxes]
+    counts = {"size": [72, 96], "counts": [30 * 72 + 10, *[10, 62] * 19, 10, 46 * 72 + 52]}  # run lengths
+    write_coco(root, "train2017", 14, rng, [*rows, rows[0] | {"iscrowd": 1, "segmentation": counts}])
+    write_coco(root, "val2017", 9, rng)
+    write_coco(root, "two", 2, rng, [rows[0] | {"segmentation": counts}])
+    return root
+
+
+def test_coco_objects(coco):
+    """Crowds and empty boxes are out, boxes end at the image, outlines are decoded, images sorted by id."""
+    objects = frozen.CocoObjects(str(coco), "train2017", masks=True)
+    assert len(objects) == 14 and [objects.name(i) for i in (0, 13)] == ["000.png", "013.png"]
+    _, boxes, labels, mask = objects[0]
+    assert boxes[:2].tolist() == [[0, 0, 2, 60], [90, 50, 96, 72]] and len(boxes) == 5
+    assert labels[0] == 2 and mask(0) is None
+    image, boxes, labels, mask = objects[5]
+    for row, (x0, y0, x1, y1) in enumerate(boxes.int().tolist()):  # of this image, not of another
+        wanted = np.zeros((80, 80), bool)
+        wanted[y0 : (y0 + y1) // 2, x0:x1] = True
+        assert (mask(row) == wanted).mean() > 0.99 and np.argmax(np.asarray(image)[y0 + 5, x0 + 5]) == labels[row] - 1
+    wanted = np.zeros((72, 96), bool)
+    wanted[10:20, 30:50] = True
+    assert (frozen.CocoObjects(str(coco), "two", masks=True)[0][3](0) == wanted).all()
+
+
+def test_images_that_do_not_fit_their_annotations(coco, tmp_path, capsys):
+    """One is an unreadable image, which is named and left out. All of them: these are other images."""
+    shutil.copytree(coco, tmp_path, dirs_exist_ok=True)
+    Image.new("RGB", (50, 50)).save(tmp_path / "val2017" / "004.png")
+    with pytest.raises(OSError, match=r"004.png is \(50, 50\), annotated are 72 x 96 pixels"):
+        frozen.CocoObjects(str(tmp_path), "val2017")[4]
+    assert object_knn(tmp_path, tmp_path / "out")["queries"] == 27 - 3
+    assert "unreadable image, it is left out: 004.png" in capsys.readouterr().out
+    for i in range(9):
+        Image.new("RGB", (50, 50)).save(tmp_path / "val2017" / f"{i:03}.png")
+    with pytest.raises(UserError, match=r"000.png is \(50, 50\), .* give the images that .*2017.json was made for"):
+        frozen.CocoObjects(str(tmp_path), "val2017")
+
+
+# ---- object k-NN
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+
+
+def nearest(queries, bank, labels, k, part=99):
+    """oknn.nearest of a bank that comes in parts."""
+    best = queries.new_full((len(queries), k), -torch.inf), torch.zeros(len(queries), k, dtype=torch.int64)
+    for z, c in zip(bank.split(part), labels.split(part), strict=True):
+        best = oknn.nearest(queries, z, c, best, rows=10)
+    return best
+
+
+@pytest.mark.parametrize("k, tau, part", [(1, 0.07, 50), (20, 0.07, 7), (5, 1.0, 13), (80, 0.3, 50)])
+def test_knn_against_a_loop(k, tau, part):
+    """Also more neighbours than the bank has, and a bank that comes in uneven parts. Classes without a vote are left out."""
+    bank, queries, rng = unit(50, 6), unit(23, 6, seed=1), torch.Generator().manual_seed(2)
+    labels, truth = torch.randint(9, (50,), generator=rng), torch.randint(9, (23,), generator=rng)
+    scores, rankings = oknn.vote(*nearest(queries, bank, labels, k, part), 9, tau), []
+    for q, row in zip(queries.tolist(), scores, strict=True):
+        pairs = [
+            (sum(a * b for a, b in zip(q, z, strict=True)), c)
+            for z, c in zip(bank.tolist(), labels.tolist(), strict=True)
+        ]
+        votes = {}
+        for cosine, label in sorted(pairs)[::-1][:k]:
+            votes[label] = votes.get(label, 0) + math.exp(cosine / tau)
+        rankings.append(sorted(votes, key=lambda c: -votes[c]))
+        assert row.argsort(descending=True)[: (row > 0).sum()].tolist() == rankings[-1]
+    for n in (1, 5):
+        hits = [c in ranking[:n] for c, ranking in zip(truth.tolist(), rankings, strict=True)]
+        assert oknn.top(scores, truth, n).tolist() == hits and 0 < sum(hits) < 23
+
+
+def test_knn_on_features_with_a_known_answer():
+    """Neighbours at cosines 0.9, 0.8, 0.8 of classes 0, 1, 1: class 1 wins iff 2 exp(0.8/tau) > exp(0.9/tau)."""
+    cosines, labels = torch.tensor([0.9, 0.8, 0.8, 0.1]), torch.tensor([0, 1, 1, 2])
+    best = nearest(torch.tensor([[1.0, 0.0]]), torch.stack([cosines, (1 - cosines**2).sqrt()], 1), labels, 3)
+    assert best[0].tolist() == [pytest.approx([0.9, 0.8, 0.8])] and best[1].tolist() == [[0, 1, 1]]
+    for tau, winner in ((0.1 / math.log(2) * 1.01, 1), (0.1 / math.log(2) * 0.99, 0)):
+        scores = oknn.vote(*best, 5, tau)
+        assert scores[0].tolist() == pytest.approx([1, 2 * math.exp(-0.1 / tau), 0, 0, 0], abs=1e-5)
+        assert scores.argmax() == winner and oknn.top(scores, torch.tensor([winner]), 1)
+        assert not oknn.top(scores, torch.tensor([2]), 5)  # five classes, but no vote: no lucky hit
+    assert not oknn.top(torch.tensor([[0.5, 0.5]]), torch.tensor([0]), 1)  # a tie
+
+
+def inside_of(boxes, height, width):
+    """(H, W) bool: the pixels that share area with a box, one by one."""
+    pixels = [
+        [any(x + 1 > a and x < c and y + 1 > b and y < d for a, b, c, d in boxes.tolist()) for x in range(width)]
+        for y in range(height)
+    ]
+    return torch.tensor(pixels)
+
+
+def test_disturbing_leaves_box_pixels_unchanged():
+    image, other = torch.randint(0, 256, (2, 3, 40, 60), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    boxes = torch.tensor([[3.0, 5, 20, 15], [10.4, 8.6, 30.2, 25.1], [50, 30, 60, 40]])
+    inside, found = inside_of(boxes, 40, 60), oknn.disturb(image, boxes, other)
+    assert torch.equal(found[:, inside], image[:, inside]) and torch.equal(found[:, ~inside], other[:, ~inside])
+    assert torch.equal(oknn.disturb(image, boxes[:0], other), other)
+
+
+def test_variants(coco):
+    """Short side, boxes that move along, N objects, small ones left out, drawn from the seed."""
+    objects = frozen.CocoObjects(str(coco), "train2017")
+    x, boxes, labels, *rest = oknn.Variants(objects, 144, 2, True, 0, "bank")[4]
+    assert x.shape == (2, 3, 192, 144) and boxes.shape == (2, 4) and rest == [4, True]
+    rows = [(2 * objects[4][1]).tolist().index(box) for box in boxes.tolist()]
+    assert objects[4][2][rows].tolist() == labels.tolist()
+    changed, inside = (x[0] != x[1]).any(0), inside_of(boxes, 192, 144)
+    assert not changed[inside].any() and changed[~inside].float().mean() > 0.9
+    for seed in (0, 1):
+        assert torch.equal(oknn.Variants(objects, 144, 2, True, seed, "bank")[4][0], x) == (seed == 0)
+    everything = oknn.Variants(objects, 144, None, False, 0, "bank")
+    assert everything[0][0].shape[0] == 1 and len(everything[0][2]) == 4  # the box of 2 x 60 is 4 pixels wide
+    chosen = {oknn.Variants(objects, 144, 1, False, seed, "bank")[4][2].item() for seed in range(20)}
+    assert len(chosen) == 3  # each object has its turn
+
+
+def test_the_other_image_is_drawn_and_never_the_image_itself(coco, tmp_path):
+    """Also where the one that was drawn cannot be read. Where none can be, there are no objects."""
+    shutil.copytree(coco, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "val2017" / "000.png").write_bytes(b"broken")
+    objects, seen = frozen.CocoObjects(str(tmp_path), "val2017"), set()
+    for seed in range(40):
+        x = oknn.Variants(objects, 64, None, True, seed, "queries")[1][0]
+        others = [ImageOps.fit(objects[i][0], x.shape[:1:-1], Image.Resampling.BILINEAR) for i in range(1, 9)]
+        same = [(x[1] == TF.pil_to_tensor(other)).all(0).float().mean().item() for other in others]
+        seen.add(1 + same.index(max(same)))
+        assert 0.2 < max(same) < 1
+    assert seen == {2, 3, 4, 5, 6, 7, 8}
+    for images, index in ((objects, 0), (OneOfMany(30, objects[1]), 0)):
+        *_, boxes, labels, _, read = oknn.Variants(images, 64, None, True, 0, "queries")[index]
+        assert len(boxes) == len(labels) == 0 and read == (images is not objects)
+
+
+MIX = torch.randn(8, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+
+
+def blocks(x, stages=4):
+    """A trunk whose cells see their own pixels alone: colours averaged over squares of the stride, then mixed."""
+    return [F.conv2d(F.avg_pool2d(x, stride), MIX).relu() for stride in (4, 8, 16, 32)[:stages]]
+
+
+@torch.no_grad()
+def test_object_features():
+    """A box on whole cells gives their mean, on C4 of a whole image what the network gives. C5 sees what is around a box.
+
+    PAPER: 7 x 7. The mean of a parabola over seven samples, between cells interpolated, is not that over six.
+    """
+    x = torch.randint(0, 256, (2, 3, 224, 256), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    z = oknn.object_features(blocks, x, torch.tensor([[0.0, 0, 224, 224], [32, 0, 256, 224]]), "c5")
+    C5 = blocks(common.normalise(x))[3]  # (2, 8, 7, 8)
+    wanted = torch.stack([C5[:, :, :, :7].mean((2, 3)), C5[:, :, :, 1:].mean((2, 3))], 1)
+    torch.testing.assert_close(z, F.normalize(wanted, dim=2))
+    trunk, x = frozen.frozen_trunk("random", "resnet18", 0, CPU), x[:, :, :, :224]
+    z, C5 = oknn.object_features(trunk, x, torch.tensor([[0.0, 0, 224, 224]]), "c4"), trunk(common.normalise(x))[3]
+    torch.testing.assert_close(z[:, 0], F.normalize(C5.mean((2, 3)), dim=1), rtol=1e-3, atol=1e-5)
+    box, y = torch.tensor([[0.0, 0, 112, 112]]), x.clone()
+    y[:, :, :, 160:] = 0
+    assert not torch.equal(*(oknn.object_features(trunk, view, box, "c5") for view in (x, y)))
+    maps = torch.stack([torch.ones(14, 14), torch.arange(14.0).expand(14, 14) ** 2])[None]
+    box = torch.tensor([[64.0, 64, 256, 256]])  # cells 2 to 8; cell i has its middle at i + 0.5
+    z = oknn.object_features(lambda x: [maps] * 4, torch.zeros(1, 3, 448, 448, dtype=torch.uint8), box, "c5")[0, 0]
+    wanted = np.interp([2 + 6 * (i + 0.5) / 7 - 0.5 for i in range(7)], np.arange(14), np.arange(14) ** 2).mean()
+    assert (z[1] / z[0]).item() == pytest.approx(wanted, rel=1e-4)
+
+
+def object_knn(data, out, *flags):
+    shutil.rmtree(out, ignore_errors=True)  # of other settings
+    small = "--arch resnet18 --weights random --size 96 --neighbours 5 --workers 0".split()
+    oknn.job(["--data", str(data), "--output-dir", str(out), *small, *flags])
+    return {k: v for k, v in results_of(out).items() if k not in ("command", "settings")}
+
+
+def test_oknn_is_reproducible(coco, tmp_path, monkeypatch):
+    """Same seed, same numbers, whatever workers and parts; another seed, other objects. k and tau as given."""
+    found = object_knn(coco, tmp_path / "out")
+    assert found["queries"] == 27 and found["bank"] == 14 * 3 + 1 and 33 < found["majority"] < 34
+    fewer = object_knn(coco, tmp_path / "out", "--objects", "2")
+    assert fewer["bank"] == 28 and fewer == object_knn(coco, tmp_path / "out", "--objects", "2")
+    assert fewer != object_knn(coco, tmp_path / "out", "--objects", "2", "--seed", "1")
+    monkeypatch.setattr(oknn, "PART", 10)
+    assert object_knn(coco, tmp_path / "out", "--workers", "2") == found
+    seen, vote = [], oknn.vote
+    monkeypatch.setattr(oknn, "vote", lambda *args: seen.append((args[0].shape[1], args[3])) or vote(*args))
+    flags = "--neighbours 3 --temperature 0.5 --features c4".split()
+    assert object_knn(coco, tmp_path / "out", *flags)["O-KNN"] != found["O-KNN"] and seen == [(3, 0.5)] * 2
+
+
+def test_oknn_compares_like_with_like(coco, tmp_path, monkeypatch):
+    """Features that name the box's colour, moved on by one in disturbed images: right where the bank is disturbed, too."""
+
+    def colour(trunk, x, boxes, where):
+        inner = [[view[:, b + 4 : d - 4, a + 4 : c - 4] for a, b, c, d in boxes.int().tolist()] for view in x]
+        rows = torch.tensor([[part.float().mean((1, 2)).argmax() for part in row] for row in inner])
+        return F.one_hot((rows + torch.arange(len(x))[:, None]) % 3, 3).float()
+
+    monkeypatch.setattr(oknn, "object_features", colour)
+    monkeypatch.setattr(oknn, "SMALLEST", 16)
+    for side, disturbed in (("both", 100), ("queries", 0)):
+        found = object_knn(coco, tmp_path / "out", "--disturb", side)
+        assert found["O-KNN"]["top1"] == 100 and found["disturbed O-KNN"]["top1"] == disturbed
+
+
+def test_the_bank_is_never_held_as_a_whole(coco, tmp_path, monkeypatch):
+    """No tensor is as large as its 43 objects: they come in parts of 8 to 10. Nor does a label hold a worker's file open."""
+    sizes, nearest, length = [], oknn.nearest, 50_000
+    monkeypatch.setattr(oknn, "object_features", lambda t, x, boxes, w: torch.rand(len(x), len(boxes), length))
+    monkeypatch.setattr(oknn, "nearest", lambda *a: sizes.append((len(a[1]), a[2].is_shared())) or nearest(*a))
+    monkeypatch.setattr(oknn, "PART", 8)
+    with LargestTensor() as largest:
+        assert object_knn(coco, tmp_path / "out", "--val", "two", "--workers", "1")["bank"] == 43
+    assert largest.elements <= 2 * 10 * length and sum(size for size, _ in sizes) == 2 * 43
+    assert {*sizes} <= {(size, False) for size in (2, 8, 9, 10)}
+
+
+def test_scenes_of_probes_are_not_those_of_training_and_of_bank_and_queries_not_the_same():
+    args = SimpleNamespace(data="scenes:8", seed=0)
+    bank = frozen.open_objects(args, "", 64)
+    queries = frozen.open_objects(args, "", 64, bank=bank)
+    names = [{objects.name(i) for i in range(len(objects))} for objects in (bank, queries, Scenes(4096, 64, 0))]
+    assert [len(some) for some in names] == [8, 2, 4096] and len(set().union(*names)) == 8 + 2 + 4096
+    image, boxes, labels, mask = queries[1]
+    assert (
+        np.array_equal(image, Scenes(1, 64, 0)[10**6 + 9][0])
+        and mask(0).shape == (64, 64)
+        and len(boxes) == len(labels)
+    )
+
+
+# ---- coupling and position
+
+
+def test_canvases():
+    """Two squares side by side, and what is cut out of an image for them: a box, or what a mask leaves of it."""
+    beside, alone = bias.pair_canvases(*(torch.full((3, 4, 4), value, dtype=torch.uint8) for value in (50, 90)))
+    wanted = np.zeros((8, 8), int)
+    wanted[2:6, :4] = 50
+    assert (alone.numpy() == wanted).all()
+    wanted[2:6, 4:] = 90
+    assert (beside.numpy() == wanted).all()
+    image, mask = helpers.coordinate_image(256, 200), np.zeros((200, 256), bool)
+    patch = bias.cut_out(image, (64, 50, 128, 150), None, 64)
+    assert patch.shape == (3, 64, 64) and patch.dtype == torch.uint8
+    assert abs(int(patch[0, 0, 0]) - 64) <= 1 and abs(int(patch[0, 0, -1]) - 127) <= 1
+    assert abs(int(patch[1, -1, 0]) / 256 * 200 - 149) <= 2
+    mask[50:100, 64:128] = True
+    masked = bias.cut_out(image, (64, 50, 128, 150), mask, 64)
+    assert (masked[:, 34:] == 0).all() and torch.equal(masked[:, :30], patch[:, :30])
+    assert bias.cut_out(image, (3.6, 4.2, 4.1, 5.0), None, 8).shape == (3, 8, 8)
+
+
+def test_pairs_are_of_two_categories_and_drawn_from_seed_and_number(coco, monkeypatch):
+    objects = frozen.CocoObjects(str(coco), "val2017", masks=True)
+    monkeypatch.setattr(bias, "SMALLEST", 20)
+    canvases = bias.Canvases(objects, 32, 32, "box", 0)
+    for i in range(12):
+        beside, alone, grid = canvases[i]
+        a, b = (beside[:, 16:48, x : x + 32].float().mean((1, 2)).argmax() for x in (0, 32))
+        assert a != b and not alone[:, :, 32:].any() and torch.equal(alone[:, :, :32], beside[:, :, :32])
+        assert all(
+            torch.equal(grid[:, y : y + 32, x : x + 32], alone[:, 16:48, :32]) for y in (0, 32, 64) for x in (0, 32, 64)
+        )
+    for seed in (0, 1):
+        assert torch.equal(bias.Canvases(objects, 32, 32, "box", seed)[7][0], canvases[7][0]) == (seed == 0)
+    masked = bias.Canvases(objects, 32, 32, "mask", 0)[7][0]
+    assert not masked[:, 36:48].any() and masked[:, 16:30].any()  # the lower half of a box is outside its outline
+    objects.data.label = dict.fromkeys(objects.data.label, 1)
+    with pytest.raises(UserError, match="without an object of 20 pixels a side and of a second category"):
+        canvases[0]
+
+
+def test_measures_in_closed_form_and_against_loops():
+    angle, b = torch.tensor([[0.3, 0.8], [1.1, 0.8]]), torch.tensor([[1.0, 0], [2, 0]])
+    rate = bias.coupling_rate(*(3 * torch.stack([a.cos(), a.sin()], 1) for a in angle), b)
+    assert rate.tolist() == pytest.approx([math.cos(0.3) / math.cos(1.1), 1])
+    line = torch.linspace(0, 0.8, 9)
+    places = torch.stack([line.cos(), line.sin()]).view(1, 2, 3, 3)
+    others = [math.cos(0.4 - 0.1 * i) for i in range(9) if i != 4]
+    for size in (1, 2):  # cells a place
+        found = bias.mean_cosine(7 * places.repeat_interleave(size, 2).repeat_interleave(size, 3))
+        assert found.tolist() == pytest.approx([sum(others) / 8])
+    maps = torch.randn(2, 5, 12, 12, generator=torch.Generator().manual_seed(0))
+    found = bias.box_features(maps, (8, 16, 24, 40), 48)  # cells 2 to 5 across, 4 to 9 down
+    torch.testing.assert_close(found, sum(maps[:, :, y, x] for y in range(4, 10) for x in range(2, 6)) / 24)
+    ramp = torch.stack([torch.ones(8, 8), torch.arange(8.0).expand(8, 8)])[None]
+    assert bias.box_features(ramp, (8, 8, 22, 22), 32).tolist() == [pytest.approx([1, 3.25])]  # from 2 to 5.5 cells
+    table = bias.statistics(torch.tensor([[1.0, 2, 3, 4], [3, 2, 3, torch.nan], [5, 2, torch.inf, torch.nan]]))
+    assert table["C2"] == {"mean": 3, "error": pytest.approx(2 / 3**0.5), "count": 3}
+    assert table["C3"]["error"] == 0 and table["C5"] == {"mean": 4, "error": None, "count": 1}
+    assert bias.statistics(torch.full((1, 4), torch.nan))["C4"] == {"mean": None, "error": None, "count": 0}
+
+
+def test_borders_and_neighbours_show_in_the_measures():
+    """Cells that see their own pixels alone: both are 1 in all stages. Zero-padding lowers MCS, the more the fewer cells
+    there are, and without a border it is 1. A neighbour moves CR, and raises it if it is added to the feature of A.
+    """
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randint(0, 256, (2, 3, 3, 128, 128), generator=rng, dtype=torch.uint8)
+    a[:, 0] //= 4  # A is less red than B
+    pairs, kernel = map(bias.pair_canvases, a, b), torch.randn(8, 8, 3, 3, generator=rng)
+    canvases = *(torch.stack(x) for x in zip(*pairs, strict=True)), a[..., :96, :96].repeat(1, 1, 3, 3)
+
+    def padded(mode):
+        convolve = lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode), kernel)  # noqa: E731
+        return lambda x: [convolve(convolve(maps).relu()) for maps in blocks(x)]
+
+    ones = torch.ones(3, 4)
+    torch.testing.assert_close(
+        torch.stack(bias.measure(blocks, *canvases)), torch.stack([ones, ones]), rtol=0, atol=1e-6
+    )
+    rates, similarities = bias.measure(padded("constant"), *canvases)
+    assert (similarities < 1 - 1e-5).all() and (similarities[:, 3] < similarities[:, 0]).all()
+    assert ((rates - 1).abs() > 1e-5).all() and ((rates[:, 3] - 1).abs() > (rates[:, 0] - 1).abs()).all()
+    torch.testing.assert_close(bias.measure(padded("circular"), *canvases)[1], ones, rtol=0, atol=1e-6)
+    rates, _ = bias.measure(lambda x: [maps + 0.3 * maps.flip(3) for maps in blocks(x)], *canvases)
+    assert (rates > 1.001).all()
+
+
+def test_bias_compares_backbones_and_draws_what_it_measures(coco, tmp_path, capsys, monkeypatch):
+    """Random initialisation is added. Each plot has the curves of its own measure. What does not exist is nowhere."""
+    torch.save(common.ResNetTrunk("resnet18").state_dict(), tmp_path / "other.pth")
+    figures, measure, out = {}, bias.measure, tmp_path / "out"
+    monkeypatch.setattr("harness.pictures.save_figure", lambda figure, path, dpi: figures.update({path: figure}))
+    monkeypatch.setattr(bias, "measure", lambda *args: (measure(*args)[0].fill_(torch.nan), measure(*args)[1]))
+    monkeypatch.setattr(bias, "SMALLEST", 16)
+    flags = "--arch resnet18 --count 18 --pair-size 64 --grid-size 32 --weights".split() + [str(tmp_path / "other.pth")]
+    bias.job(["--data", str(coco), "--output-dir", str(out), *flags])
+    assert {*os.listdir(out)} == {"coupling.png", "position.png", "results.json"}
+    assert [Image.open(out / f"{name}.png").size for name in ("coupling", "position")] == [(824, 280), (632, 112)]
+    results, text, ((_, figure),) = results_of(out)["results"], capsys.readouterr().out, figures.items()
+    assert [*results] == ["other", "random"] and results["other"]["MCS"] != results["random"]["MCS"]
+    for axis, kind, title in zip(figure.axes, ("CR", "MCS"), ("coupling rate", "mean cosine similarity"), strict=True):
+        assert axis.get_title() == title and [x.get_label() for x in axis.containers] == [*results]
+        for container, result in zip(axis.containers, results.values(), strict=True):
+            means = [stage["mean"] for stage in result[kind].values()]
+            assert np.array_equal(container.lines[0].get_ydata(), np.array(means, float), equal_nan=True)
+    bars = [np.ptp(segment[:, 1]) / 4 for segment in axis.containers[1].lines[2][0].get_segments()]
+    assert bars == pytest.approx([stage["error"] for stage in results["random"]["MCS"].values()])
+    assert means == sorted(means, reverse=True)  # deeper stages tell more of the place
+    assert results["random"]["CR"]["C2"] == {"mean": None, "error": None, "count": 0} and "CR  C2 nan +- nan" in text
+    assert f"MCS C2 {means[0]:.4f} +- {bars[0]:.4f}" in text
+
+
+def test_names_of_weights():
+    words = ["ours=runs/a=b.pth", "dir/resnet50.pth", "x=imagenet"]
+    found = {"ours": "runs/a=b.pth", "resnet50": "dir/resnet50.pth", "x": "imagenet", "random": "random"}
+    assert bias.parse_weights(words) == bias.parse_weights([*words, "random"]) == found
+    assert bias.parse_weights(["init=random"]) == {"init": "random"}
+
+
+# ---- all probes
+
+
+def test_frozen_trunk(tmp_path):
+    trunk, other = (frozen.frozen_trunk("random", "resnet18", seed, CPU) for seed in (0, 1))
+    assert not trunk.training and not any(p.requires_grad for p in trunk.parameters())
+    assert not torch.equal(trunk.conv1.weight, other.conv1.weight)
+    half = {
+        f"module.encoder_q.{name}": t.half() if t.is_floating_point() else t for name, t in trunk.state_dict().items()
+    }
+    torch.save({"state_dict": half}, tmp_path / "moco.pth.tar")
+    loaded = frozen.frozen_trunk(str(tmp_path / "moco.pth.tar"), "resnet18", 0, CPU)
+    assert torch.equal(loaded.conv1.weight, trunk.conv1.weight.half().float())
+
+
+def test_results_of_other_settings_are_not_replaced(tmp_path):
+    settings = {"data": "scenes:5", "seed": 0, "workers": 2, "output_dir": "out"}
+    frozen.write_results(tmp_path, "probes.oknn", ["--data", "a b"], settings, {"top1": 3})
+    found, before = results_of(tmp_path), (tmp_path / "results.json").read_bytes()
+    assert found["command"] == "python -m probes.oknn --data 'a b'" and (found["settings"], found["top1"]) == (
+        settings,
+        3,
+    )
+    frozen.require_own_folder(tmp_path, settings | {"workers": 0, "output_dir": "./out"})
+    for other, words in (
+        ({"seed": 3, "data": "x"}, "data 'scenes:5' -> 'x'; seed 0 -> 3"),
+        ({"lr": 1}, "lr None -> 1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            frozen.require_own_folder(tmp_path, settings | other)
+    assert (tmp_path / "results.json").read_bytes() == before
+    for content in ("[]", '{"settings": ["a"]}', "{"):
+        (tmp_path / "results.json").write_text(content)
+        with pytest.raises(UserError, match="give another --output-dir"):
+            frozen.require_own_folder(tmp_path, settings)
+
+
+START = "--weights random --arch resnet18 --output-dir {out} --data"
+COCO = f"{START} {{tmp}}/coco --train val2017"
+BAD = {  # command lines, and a part of the line with which each is refused. {tmp}: see the test
+    "linear": {
+        f"{START} {{tmp}}/nowhere": "nowhere/train: no such folder",
+        f"{START} {{tmp}}/flat --batch-size 8": "val/0.png: in no class folder of train/",
+        f"{START} {{tmp}}/one": "one class alone (a)",
+        f"{START} {{classes}} --batch-size 64": "30 images are fewer than --batch-size 64",
+        f"{START} {{classes}} --epochs 0": "--epochs: 0: must be at least 1",
+        f"{START} {{classes}} --batch-size 8 --weights nowhere.pth": "nowhere.pth: no such file",
+        f"{START} {{classes}} --batch-size 8 --output-dir {{tmp}}/other": "of other settings (",
+        f"{START} {{classes}} --batch-size 8 --size 32 --lr 1e40": "not finite",
+    },
+    "oknn": {
+        f"{START} {{tmp}}/nowhere": "train2017: no such folder of images",
+        f"{COCO} --val empty": "instances_empty.json: no object in it",
+        f"{COCO} --val list": "not in COCO's format",
+        f"{COCO} --val two": "categories ['strange'] are not those of the training data",
+        f"{COCO} --size 64 --workers 0 --val thin": "no object of 8 pixels a side in the images of the queries",
+        f"{START} scenes:many": "write scenes:4096",
+        f"{START} scenes:1": "a single image with objects",
+        f"{START} scenes:8 --neighbours 0": "--neighbours: 0: must be at least 1",
+        f"{START} scenes:8 --output-dir {{tmp}}/coco/val2017/000.png": "File exists",
+    },
+    "bias": {
+        f"{START} scenes:8 --grid-size 48": "--grid-size must be a multiple of 32",
+        f"{START} scenes:8 --weights random=a.pth": "write NAME=FILE",
+        f"{START} scenes:8 --weights a/b.pth c/b.pth": "write NAME=FILE",
+        f"{START} scenes:8 --weights =x.pth": "write NAME=FILE",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def bad(classes, coco, tmp_path_factory):
+    """Folders that cannot be used."""
+    root = tmp_path_factory.mktemp("bad")
+    shutil.copytree(coco, root / "coco")
+    shutil.copytree(classes, root / "flat")
+    shutil.copy(root / "flat" / "val" / "a" / "0.png", root / "flat" / "val" / "0.png")
+    for split in ("train", "val"):
+        shutil.copytree(classes / split / "a", root / "one" / split / "a")
+    content = json.loads((coco / "annotations" / "instances_two.json").read_text())
+    files = {
+        "empty": content | {"annotations": []},
+        "list": [],
+        "thin": content | {"annotations": content["annotations"][:1]},
+    }
+    files["two"] = content | {"categories": [*content["categories"], {"id": 9, "name": "strange"}]}
+    for split, told in files.items():
+        shutil.copytree(coco / "two", root / "coco" / split, dirs_exist_ok=True)
+        (root / "coco" / "annotations" / f"instances_{split}.json").write_text(json.dumps(told))
+    (root / "other").mkdir()
+    (root / "other" / "results.json").write_text('{"settings": {"count": 3}}')
+    return root
+
+
+@pytest.mark.parametrize("name, flags", [(name, flags) for name, rows in BAD.items() for flags in rows])
+def test_bad_input_in_one_clear_line(name, flags, bad, classes, tmp_path, monkeypatch, capsys):
+    """Exit code 2, and beside argparse's usage one line that says what to do."""
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(SystemExit) as stop:
+        harness.run.main(lambda: globals()[name].job(flags.format(tmp=bad, classes=classes, out=tmp_path).split()))
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("usage:", " "))]
+    assert stop.value.code == 2 and len(lines) == 1 and BAD[name][flags] in lines[0]
+
+
+def test_probes_of_one_process_refuse_several(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "start_processes", lambda: (0, 2, CPU))
+    with pytest.raises(UserError, match="without torchrun"):
+        frozen.start(SimpleNamespace(output_dir=str(tmp_path)))
