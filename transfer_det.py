@@ -56,7 +56,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import common
 from common import UserError, number, print0
-from harness import finetune, metrics, weights
+from harness import finetune, metrics, pictures, weights
 from harness.coco import CocoData, annotation, decode, read_coco
 from harness.images import readable
 from harness.run import Run, main
@@ -1100,7 +1100,7 @@ def evaluated(args, model, val, outputs, device):
             [draw(image, rows, val.categories, 400) for rows in (val.annotations(i), confident(found[i]))]
             for i, image in finetune.first_readable(val, val.annotations)
         ]
-        finetune.save_columns(os.path.join(args.output_dir, "predictions.png"), columns)
+        pictures.save_columns(os.path.join(args.output_dir, "predictions.png"), columns)
         pyramid = f", pyramid {args.fpn_weights}" if args.fpn_weights else ""
         text = "; ".join(f"{name} {value:.1f}" for name, value in aps(result).items())
         print0(f"{result['protocol']}; weights {args.weights}{pyramid}: {text}")

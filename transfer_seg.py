@@ -41,7 +41,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import common
 from common import UserError, number, print0
-from harness import finetune, scenes, weights
+from harness import finetune, pictures, scenes, weights
 from harness.images import list_images, read_image, readable
 from harness.run import Run, main
 
@@ -716,7 +716,7 @@ def evaluated(args, model, val, device):
             [draw(image, [labels, found[i]], val.classes, val.palette, 400)]
             for i, (image, labels) in finetune.first_readable(val, found.__contains__)
         ]
-        finetune.save_columns(os.path.join(args.output_dir, "predictions.png"), columns)
+        pictures.save_columns(os.path.join(args.output_dir, "predictions.png"), columns)
         print0(f"IoU: {', '.join(f'{name} {iou:.1f}' for name, iou in result['IoU_by_class'].items())}")
         text = ", ".join(f"{name} {value:.2f}" for name, value in means(result).items())
         print0(f"{result['protocol']}; weights {args.weights}: {text}")

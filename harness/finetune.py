@@ -9,7 +9,6 @@ import os
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 import common
 from common import UserError, number, print0
@@ -214,19 +213,6 @@ def save_picture(image, *path):
     """Write a PIL image to a PNG whose folder is made if need be."""
     os.makedirs(os.path.dirname(os.path.join(*path)), exist_ok=True)
     image.save(os.path.join(*path))
-
-
-def save_columns(path, columns, gap=10):
-    """Write one picture of columns of PIL images, from left to right, in rows. Does nothing without columns."""
-    if not columns:
-        return
-    lefts = np.cumsum([gap, *(column[0].width + gap for column in columns)]).tolist()
-    tops = np.cumsum([gap, *(max(image.height for image in row) + gap for row in zip(*columns, strict=True))]).tolist()
-    sheet = Image.new("RGB", (lefts[-1], tops[-1]), "white")
-    for left, column in zip(lefts, columns, strict=False):
-        for top, image in zip(tops, column, strict=False):
-            sheet.paste(image, (left, top))
-    sheet.save(path)
 
 
 def first_readable(data, wanted, count=6):

@@ -8,6 +8,9 @@ import os
 import sys
 import time
 
+import numpy as np
+from PIL import Image, ImageDraw
+
 from common import UserError, print0
 from harness.weights import write_atomically
 
@@ -70,6 +73,22 @@ def save_figure(figure, path, dpi):
     figure.savefig(buffer, format="png", dpi=dpi)
     pyplot().close(figure)
     write_atomically(path, [buffer.getvalue()])
+
+
+def save_columns(path, columns, titles=None, gap=10):
+    """Write one picture of columns of PIL images, in rows, under titles. Does nothing without columns."""
+    if not columns:
+        return
+    lefts = np.cumsum([gap, *(gap + max(image.width for image in column) for column in columns)]).tolist()
+    tops = [16 if titles else gap, *(gap + max(image.height for image in row) for row in zip(*columns, strict=True))]
+    tops = np.cumsum(tops).tolist()
+    sheet = Image.new("RGB", (lefts[-1], tops[-1]), "white")
+    for left, column, title in zip(lefts, columns, titles or [""] * len(columns), strict=False):
+        ImageDraw.Draw(sheet).text((left, 2), title, fill="black")
+        for top, image in zip(tops, column, strict=False):
+            sheet.paste(image, (left, top))
+    sheet.save(buffer := io.BytesIO(), "png")
+    write_atomically(path, [buffer.getbuffer()])
 
 
 PANELS = {  # title of a panel: first words of the names of its values

@@ -141,10 +141,9 @@ def coordinate_image(width=256, height=200):
     return Image.fromarray((np.stack([x, y, 0 * x], 2) * 256).astype(np.uint8))
 
 
-def block_views(count, seed=0):
+def block_views(count):
     """(2, count, 3, 64, 64) uint8 of random blocks, 16 pixels a side."""
-    rng = torch.Generator().manual_seed(seed)
-    blocks = torch.randint(0, 256, (2, count, 3, 4, 4), generator=rng, dtype=torch.uint8)
+    blocks = torch.randint(0, 256, (2, count, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return blocks.repeat_interleave(16, 3).repeat_interleave(16, 4)
 
 
@@ -166,8 +165,8 @@ def refused(capsys, get_args, flags):
     """The one line with which a command line is refused, after "error: "."""
     with pytest.raises(SystemExit) as error:
         get_args(flags.split())
-    _, message = capsys.readouterr().err.splitlines()  # usage before it
-    assert error.value.code == 2
+    usage, message = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2 and usage.startswith("usage: ")
     return message.split(": error: ")[1]
 
 

@@ -623,9 +623,7 @@ def test_presets_and_what_wins_over_them(fast, monkeypatch):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("", "give --data DIR (a folder of images), or --demo"),
         ("--data x --loss-weight -1", "argument --loss-weight: -1: must be at least 0"),
-        ("--data x --ema 1.1", "argument --ema: 1.1: must be between 0 and 1"),
         ("--data x --queue-size 0", "argument --queue-size: 0: must be at least 1"),
         ("--data x --window 48", "argument --window: expected 2 arguments"),
         ("--data x --window 48 0", "argument --window: 0: must be at least 1"),
@@ -706,16 +704,15 @@ def test_files_that_the_tool_cannot_turn(tmp_path):
     without = {name: x for name, x in theirs.items() if name != "module.encoder_q.fpn_lateral4.bias"}
     narrow = theirs | {"module.encoder_q.fc.2.weight": torch.zeros(64, 128)}
     run = {"script": "resim", "settings": {"preset": "paper"}, "model": {}}
-    for state, arch, words in (
-        (run, "resnet18", "not a run with --preset official"),
-        ({"state_dict": without}, "resnet18", "fpn_lateral4.bias is missing, so this is not a released"),
-        (narrow, "resnet18", "check --arch .*image_head.2.weight"),
-        (theirs, "resnet34", "layer1.1.conv1.weight is missing"),
-        (None, "resnet18", "not a checkpoint"),
+    for state, words in (
+        (run, "not a run with --preset official"),
+        ({"state_dict": without}, "fpn_lateral4.bias is missing, so this is not a released"),
+        (narrow, "check --arch .*image_head.2.weight"),
+        (None, "not a checkpoint"),
     ):
         torch.save(state, file) if state else file.write_bytes(b"garbage")
         with pytest.raises(common.UserError, match=words) as error:
-            released.main([str(file), "--out", str(tmp_path / "out.pth"), "--arch", arch])
+            released.main([str(file), "--out", str(tmp_path / "out.pth"), "--arch", "resnet18"])
         assert "\n" not in str(error.value) and str(error.value).startswith(f"{file}: ")
         assert not (tmp_path / "out.pth").exists()
 

@@ -515,10 +515,8 @@ def test_settings_reach_the_matcher(flags, expected):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("", "give --data DIR (a folder of images), or --demo"),
         ("--data x --temperature 0", "argument --temperature: 0: must be at least 0.001"),
         ("--data x --loss-weight 1.1", "argument --loss-weight: 1.1: must be between 0 and 1"),
-        ("--data x --ema -0.1", "argument --ema: -0.1: must be between 0 and 1"),
         ("--data x --geometry=-1", "argument --geometry: -1: must be at least 0"),
         ("--data x --geometry --matcher densecl", "--geometry adds positives to set2set and set2set-nn"),
         ("--data x --geometry 0.7 --matcher sort", "--geometry adds positives to set2set and set2set-nn"),

@@ -13,7 +13,6 @@ other images.
 """
 
 import argparse
-import io
 import os
 from pathlib import Path
 
@@ -29,6 +28,7 @@ import setsim
 from common import UserError, number
 from harness import images, look, pictures, weights
 
+SIDE = 500  # pixels, the widest picture of predictions
 NOT_DRAWN = "step epoch images_per_s data_share bad_images count".split()
 
 
@@ -106,13 +106,8 @@ def draw_curves(args):
     for axis, name in zip(axes.flat, names, strict=False):
         for place, (run, values) in enumerate(zip(args.names, runs, strict=True)):
             points, other = values.get(name, []), yardstick(name, values)
-            axis.plot(
-                *np.reshape(points, (-1, 2)).T,
-                f"C{place}",
-                marker="." if len(points) < 20 else "",
-                label=run,
-                alpha=0.8,
-            )
+            style = {"marker": "." if len(points) < 20 else "", "label": run, "alpha": 0.8}
+            axis.plot(*np.reshape(points, (-1, 2)).T, f"C{place}", **style)
             if points and other:
                 axis.axhline(values[other][-1][1], color=f"C{place}", ls="--", lw=0.9)
         axis.set(title=name, xlabel="step")
@@ -231,38 +226,22 @@ def draw_attention(args):
             corners = (*(cell * (j, i)).round(), *(cell * (j + 1, i + 1)).round() - 1)
             ImageDraw.Draw(shown).rectangle(corners, outline=look.ORANGE, width=2)
         whole, drawn = [*whole, image], [*drawn, shown]
-    save_columns(args.out, ["image", f"attention; framed: {rule}"], [whole, drawn])
+    pictures.save_columns(args.out, [whole, drawn], ["image", f"attention; framed: {rule}"], gap=6)
 
 
 def draw_predictions(args):
     """what --predict of transfer_det.py or transfer_seg.py drew for several runs, side by side"""
-    folders = [os.path.join(run, "predictions") for run in args.runs]
-    folders = [
-        max(os.path.join(folder, "pictures"), folder, key=os.path.isdir) for folder in folders
-    ]  # or a detector's
+    folders = [os.path.join(run, "predictions") for run in args.runs]  # of a detector; of a segmenter pictures/ in it
+    folders = [max(os.path.join(folder, "pictures"), folder, key=os.path.isdir) for folder in folders]
     found = [{str(path.relative_to(folder)) for path in Path(folder).rglob("*.png")} for folder in folders]
     names = sorted(set.intersection(*found))
     if not names:
         raise UserError("no pictures of the same images: first run the script of each RUN with --predict DIR")
     names = spread(names, args.count)
     columns = [[images.read_image(os.path.join(folder, name)) for name in names] for folder in folders]
-    save_columns(args.out, args.names, columns)
-
-
-def save_columns(path, titles, columns, side=500, gap=6):
-    """Write equally long columns of PIL images, a title above each. Wider images are made smaller, to `side` pixels."""
     for image in sum(columns, []):
-        image.thumbnail((side, 3 * side))
-    widths = [gap + max(image.width for image in column) for column in columns]
-    heights = [gap + max(image.height for image in row) for row in zip(*columns, strict=True)]
-    sheet = Image.new("RGB", (gap + sum(widths), 16 + sum(heights)), "white")
-    for i, (title, column) in enumerate(zip(titles, columns, strict=True)):
-        x = gap + sum(widths[:i])
-        ImageDraw.Draw(sheet).text((x, 2), title, fill="black")
-        for j, image in enumerate(column):
-            sheet.paste(image, (x, 16 + sum(heights[:j])))
-    sheet.save(buffer := io.BytesIO(), "png")
-    weights.write_atomically(path, [buffer.getbuffer()])
+        image.thumbnail((SIDE, 3 * SIDE))
+    pictures.save_columns(args.out, columns, args.names, gap=6)
 
 
 FIGURES = draw_curves, draw_ap, draw_matches, draw_attention, draw_predictions
