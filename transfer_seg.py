@@ -259,8 +259,7 @@ def read_custom(args, split, names):
     numbers = numbers[: len(names)]
     if len(names) < 2 or found - {*numbers}:
         raise OSError(
-            f"the masks have the values {sorted(found)} besides 255 and --ignore, for {len(names)} classes: give each class "
-            "a number from 0 on, and --ignore what is no class"
+            f"masks with values {sorted(found)}, {len(names)} classes: number these from 0 on, --ignore others"
         )
     palette, table = voc_palette(), table_of(numbers, [*args.ignore, IGNORED])
     with Image.open(parts[split][0][2]) as mask:
@@ -325,10 +324,9 @@ def open_data(args, split, classes=None):
     if args.task == "scenes":
         return SceneData(*finetune.scene_range(args.data, split))
     where = f"--images {args.images} --masks {args.masks}" if args.task == "custom" else f"--data {args.data}"
+    readers = {"voc": read_voc, "cityscapes": read_cityscapes, "ade20k": read_ade20k}
     try:
-        if args.task == "custom":
-            return read_custom(args, split, classes)
-        return {"voc": read_voc, "cityscapes": read_cityscapes, "ade20k": read_ade20k}[args.task](args.data, split)
+        return readers[args.task](args.data, split) if args.task in readers else read_custom(args, split, classes)
     except OSError as error:
         raise UserError(f"{where}: {error}; wanted is {HELP[args.task]}") from None
 
@@ -419,8 +417,7 @@ class TrainingImages(torch.utils.data.Dataset):
         image, labels = found or (Image.new("RGB", self.crop[::-1]), np.full(self.crop, IGNORED, np.uint8))
         rng = common.generator("views", self.seed, epoch, index)
         ratio, flip, *draws = torch.rand(2 + 2 * 11, generator=rng).tolist()  # a crop and ten more
-        box = [int(side * (0.5 + 1.5 * ratio)) for side in self.resize]
-        image, labels = fit(image, labels, box)
+        image, labels = fit(image, labels, [int(side * (0.5 + 1.5 * ratio)) for side in self.resize])
         rows, columns = crop_window(labels, self.crop, zip(draws[::2], draws[1::2], strict=True))
         image, labels = image[:, rows, columns], labels[rows, columns]
         if flip < 0.5:
@@ -513,11 +510,7 @@ class Segmenter(nn.Module):
         return F.interpolate(logits.float(), size, mode="bilinear", align_corners=self.align_corners)
 
     def forward(self, pixels, labels=None):
-        """Logits at the size of the images, fp32 (N, K, H, W); with labels, (loss, {name: scalar}), what to log.
-
-        Args:
-            pixels: (N, 3, H, W), normalised. labels: (N, H, W) int64.
-        """
+        """(N, 3, H, W), normalised -> logits (N, K, H, W), fp32; with labels, (N, H, W) int64: (loss, {name: scalar} to log)."""
         c4, c5 = self.backbone(pixels)[2:]
         logits = self.upsample(self.head(c5), pixels.shape[-2:])
         if labels is None:
@@ -548,10 +541,9 @@ def slide_windows(height, width, crop):
 
 
 def slide(network, pixels, crop):
-    """Logits of an image, (1, K, H, W), averaged over the windows that cover a pixel.
+    """Logits of an image, averaged over the windows that cover a pixel: (1, 3, H, W) -> (1, K, H, W), as of the network.
 
-    Args:
-        network: function (1, 3, h, w) -> (1, K, h, w). pixels: (1, 3, H, W). crop: (height, width) of windows.
+    network: function (1, 3, h, w) -> (1, K, h, w). crop: (height, width) of windows.
     """
     total, count = None, pixels.new_zeros(pixels.shape[-2:])
     for rows, columns in slide_windows(*pixels.shape[-2:], crop):
@@ -605,10 +597,7 @@ def colour(labels, palette):
 
 
 def draw(image, maps, classes, palette, longest=None):
-    """An image, PIL RGB, below it label maps, uint8 (H, W), in colours, and below them the names of their classes.
-
-    longest: long side of the panels in pixels.
-    """
+    """PIL RGB: an image, label maps, uint8 (H, W), in colours, the names of their classes. longest: side of these panels."""
     scale = longest / max(image.size) if longest else 1.0
     width, height = (max(round(side * scale), 1) for side in image.size)
     panels = [image.resize((width, height), Image.BILINEAR)]
@@ -627,8 +616,7 @@ def draw(image, maps, classes, palette, longest=None):
 
 
 def predict(args, model, classes, palette, device):
-    """Segment every image below --predict: `masks/` with class numbers in the data set's colours, `pictures/` to look at,
-    `classes.json` with the names."""
+    """Segment every image below --predict: class numbers in `masks/`, their names in `classes.json`, and `pictures/`."""
     folder = os.path.join(args.output_dir, "predictions")
     os.makedirs(folder, exist_ok=True)
     for name, image in finetune.folder_to_predict(args):
@@ -712,10 +700,8 @@ def evaluated(args, model, val, device):
     matrix, found = sum(finetune.together({common.rank(): matrix}).values()), finetune.together(found)
     result = {"seed": args.seed, "protocol": title(args), "weights": args.weights, **scores(matrix, val.classes)}
     if common.rank() == 0:
-        columns = [  # PAPER: SetSim Figures 4 to 6
-            [draw(image, [labels, found[i]], val.classes, val.palette, 400)]
-            for i, (image, labels) in finetune.first_readable(val, found.__contains__)
-        ]
+        shown = finetune.first_readable(val, found.__contains__)  # PAPER: SetSim Figures 4 to 6
+        columns = [[draw(image, [labels, found[i]], val.classes, val.palette, 400)] for i, (image, labels) in shown]
         pictures.save_columns(os.path.join(args.output_dir, "predictions.png"), columns)
         print0(f"IoU: {', '.join(f'{name} {iou:.1f}' for name, iou in result['IoU_by_class'].items())}")
         text = ", ".join(f"{name} {value:.2f}" for name, value in means(result).items())

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """probes/: linear evaluation, object k-NN, coupling rate and positional bias."""
 
-import contextlib
 import json
 import math
 import os
