@@ -6,7 +6,7 @@ mmsegmentation, and SetSim and others after it. With --linear-probe the backbone
 normalised features is trained: the cheap test of dense features.
 
     image --resize x 0.5 to 2, crop, flip, colours--> ResNet, dilated -+- C4 -- conv, dropout, 1x1 --> 0.4 x loss
-                                                                       +- C5 -- 2 convs, beside C5, conv, dropout, 1x1 --> loss
+                                                                       +- C5 -- 2 convs, with C5: conv, dropout, 1x1 --> loss
     image --resize--> ResNet, dilated -- C5 -- head --> logits, whole or window by window --> at the original size: classes
     N images of this process    K classes, labels 0 .. K - 1, 255 is ignored    H, W pixels    C channels
     sizes: (height, width)      windows: slices of rows and of columns
@@ -258,9 +258,7 @@ def read_custom(args, split, names):
     names = names or [str(n) for n in numbers[: max(map(numbers.index, found), default=0) + 1]]
     numbers = numbers[: len(names)]
     if len(names) < 2 or found - {*numbers}:
-        raise OSError(
-            f"masks with values {sorted(found)}, {len(names)} classes: number these from 0 on, --ignore others"
-        )
+        raise OSError(f"masks hold {sorted(found)}, {len(names)} classes: number these from 0 on, --ignore others")
     palette, table = voc_palette(), table_of(numbers, [*args.ignore, IGNORED])
     with Image.open(parts[split][0][2]) as mask:
         if mask.mode == "P":  # the masks bring their own colours
@@ -437,7 +435,7 @@ def dilate(trunk):
     3x3 convolutions look 2 and 4 cells far, the first of each stage half as far.
 
     OFFICIAL: G8. mmsegmentation's contract_dilation, and torchvision's replace_stride_with_dilation for ResNet-50. Every
-    fourth cell of the new C5 is exactly a cell of the old one. ResNet-18, which torchvision refuses to dilate, is served too.
+    fourth cell of the new C5 is exactly a cell of the old one. It serves ResNet-18 too, which torchvision does not dilate.
     """
     for stage, dilation in ((trunk.layer3, 2), (trunk.layer4, 4)):
         for conv in (module for module in stage.modules() if isinstance(module, nn.Conv2d)):
@@ -510,7 +508,7 @@ class Segmenter(nn.Module):
         return F.interpolate(logits.float(), size, mode="bilinear", align_corners=self.align_corners)
 
     def forward(self, pixels, labels=None):
-        """(N, 3, H, W), normalised -> logits (N, K, H, W), fp32; with labels, (N, H, W) int64: (loss, {name: scalar} to log)."""
+        """(N, 3, H, W), normalised -> logits (N, K, H, W), fp32. With labels, (N, H, W) int64: (loss, scalars to log)."""
         c4, c5 = self.backbone(pixels)[2:]
         logits = self.upsample(self.head(c5), pixels.shape[-2:])
         if labels is None:
@@ -576,7 +574,7 @@ def scores(matrix, classes):
     """
     right, truth, predicted = np.diag(matrix).astype(np.float64), matrix.sum(1), matrix.sum(0)
     union = truth + predicted - right
-    iou = {name: 100 * float(r / u) for name, r, u in zip(classes, right, union, strict=True) if u}
+    iou = {name: float(100 * r / u) for name, r, u in zip(classes, right, union, strict=True) if u}
     recall = [100 * r / t for r, t in zip(right, truth, strict=True) if t]
     return {
         "mIoU": float(np.mean([*iou.values()] or 0)),
@@ -676,7 +674,6 @@ def fine_tune(args, train, val):
         scaler.step(optimizer)
         scaler.update()
         run.log(loss=loss, lr=group["lr"], **values)
-
     if run.result or not run.ended:
         return run.result
     torch.backends.cudnn.benchmark = False  # images to test on have many sizes

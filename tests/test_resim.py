@@ -648,13 +648,8 @@ def released_checkpoint():
         for network in ("encoder_q", "encoder_k"):
             resnet = torchvision.models.resnet18()
             resnet.fc = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128))
-            for name, inputs in (
-                ("lateral3", 32),
-                ("lateral4", 64),
-                ("lateral5", 128),
-                ("output3", 256),
-                ("output4", 256),
-            ):
+            widths = {"lateral3": 32, "lateral4": 64, "lateral5": 128, "output3": 256, "output4": 256}
+            for name, inputs in widths.items():
                 resnet.add_module(f"fpn_{name}", nn.Conv2d(inputs, 256, 3 if "output" in name else 1))
             state |= {f"module.{network}.{name}": tensor for name, tensor in resnet.state_dict().items()}
         return state | {"module.queue": F.normalize(torch.randn(128, 20), dim=0), "module.queue_ptr": torch.tensor([7])}
@@ -664,7 +659,10 @@ def released_checkpoint():
 def test_released_checkpoints_load_into_the_model_and_back(tmp_path, capsys):
     """Embeddings are those of torchvision's ResNet, maps those of its FPN with the tool's weights, see --init too."""
     theirs, method = released_checkpoint(), tiny("--preset official")
-    method.load_state_dict(released.from_released(theirs, method.state_dict()))  # strict: nothing missing or left over
+    ours = {name: theirs[released.released_name(name)] for name in method.state_dict()}
+    method.load_state_dict(
+        ours | {"image_queue.vectors": theirs["module.queue"].T}
+    )  # strict: nothing missing or left over
     assert torch.equal(method.image_queue.vectors[3], theirs["module.queue"][:, 3])
     assert torch.equal(method.key.pyramid.inner_blocks["3"][0].bias, theirs["module.encoder_k.fpn_lateral5.bias"])
     files = {"run": {"script": "resim", "settings": {"preset": "official"}, "step": 3, "model": method.state_dict()}}
@@ -702,12 +700,12 @@ def test_released_checkpoints_load_into_the_model_and_back(tmp_path, capsys):
 def test_files_that_the_tool_cannot_turn(tmp_path):
     theirs, file = released_checkpoint(), tmp_path / "file.pth"
     without = {name: x for name, x in theirs.items() if name != "module.encoder_q.fpn_lateral4.bias"}
-    narrow = theirs | {"module.encoder_q.fc.2.weight": torch.zeros(64, 128)}
+    narrow = theirs | {"module.encoder_q.fpn_output3.weight": torch.zeros(64, 256, 3, 3)}
     run = {"script": "resim", "settings": {"preset": "paper"}, "model": {}}
     for state, words in (
         (run, "not a run with --preset official"),
-        ({"state_dict": without}, "fpn_lateral4.bias is missing, so this is not a released"),
-        (narrow, "check --arch .*image_head.2.weight"),
+        ({"state_dict": without}, "inner_blocks.2.0.bias is missing, so this is no released"),
+        (narrow, "layer_blocks.1.0.weight is .*check --arch"),
         (None, "not a checkpoint"),
     ):
         torch.save(state, file) if state else file.write_bytes(b"garbage")

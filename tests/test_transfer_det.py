@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """transfer_det.py, harness/coco.py and harness/metrics.py against torchvision, slow loops and hand calculations."""
 
+import functools
 import json
 import math
 
@@ -76,7 +77,7 @@ def as_rle(mask):
     return rle.encode(np.asfortranarray(mask, np.uint8))
 
 
-# ---- anchors and pooling
+# ---- the model
 
 
 def test_anchors_of_both_models():
@@ -122,9 +123,6 @@ def test_pooling_on_a_ramp_gives_cell_centres():
     ramp = torch.arange(8.0).view(1, 1, 1, 8).expand(1, 1, 8, 8) + 0.5  # value = x of the cell's centre, in cells
     pooled = det.AlignedRoIPool([16], 4)({"c4": ramp}, [torch.tensor([[32.0, 32, 96, 96]])])
     assert torch.allclose(pooled[0, 0], torch.tensor([2.5, 3.5, 4.5, 5.5]).expand(4, 4))
-
-
-# ---- losses
 
 
 class FirstOnes:
@@ -198,10 +196,6 @@ def test_mask_targets_of_bitmaps_are_roi_align_cut_at_one_half():
     moved = 2 * boxes[:, [2, 1, 0, 3]]
     moved[:, ::2] = 192 - moved[:, ::2]
     assert (det.mask_targets(as_rle(bitmap), moved, view, 14) == pooled(double, moved)).float().mean() > 0.97
-    # a rectangle gives the same as a polygon and as a bitmap
-    polygon, rectangle = [[16.0, 20, 44, 20, 44, 40, 16, 40]], np.pad(np.ones((20, 28)), ((20, 24), (16, 52)))
-    box = torch.tensor([[2.0, 10, 58, 52]])
-    assert torch.equal(*(det.mask_targets(mask, box, STILL, 28) for mask in (polygon, as_rle(rectangle))))
 
 
 def test_mask_loss_gives_each_roi_the_mask_of_its_own_object():
@@ -213,9 +207,6 @@ def test_mask_loss_gives_each_roi_the_mask_of_its_own_object():
     for r, columns in ((0, [0.0, 0, 1, 1]), (2, [1.0, 1, 0, 0]), (3, [0.0, 0, 1, 1]), (4, [0.0, 0, 1, 1])):
         wanted += F.binary_cross_entropy_with_logits(logits[r], torch.tensor(columns).expand(4, 4)).item() / 4
     assert det.mask_loss(logits, boxes, owners, targets).item() == pytest.approx(wanted, rel=1e-5)
-
-
-# ---- the detector as a whole
 
 
 def test_heads_detect_what_torchvisions_do(scene_batch):
@@ -243,31 +234,23 @@ def test_heads_detect_what_torchvisions_do(scene_batch):
         assert torch.allclose(a["masks"], b["masks"][:, 0], atol=1e-5)
 
 
-def step(model, pixels, targets):
-    """(loss, values) of a training step that gives every parameter a gradient."""
-    loss, values = model.train()(pixels, targets)
-    loss.backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
-    return loss, values
-
-
-def test_training_gives_all_losses_and_a_gradient_to_every_parameter(scene_batch):
-    args, pixels, targets = scene_batch
-    loss, values = step(demo_detector(args), pixels, targets)
-    losses = {name: value.item() for name, value in values.items() if name.startswith("loss_")}
+def test_every_parameter_is_trained_with_objects_and_without(scene_batch):
+    model, values = demo_detector(scenes_args("--heads", "4conv1fc")).train(), []
+    for targets in (scene_batch[2], [det.make_target([], {}, STILL, list(range(4)))] * 2):
+        model.zero_grad()
+        loss, found = model(scene_batch[1], targets)
+        loss.backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+        values.append({name: value.item() for name, value in found.items()} | {"loss": loss.item()})
+    losses = {name: value for name, value in values[0].items() if name.startswith("loss_")}
     assert sorted(losses) == "loss_box loss_class loss_keypoint loss_mask loss_objectness loss_rpn_box_reg".split()
-    assert loss.item() == pytest.approx(sum(losses.values()), rel=1e-6)
-    assert values["foreground"] >= 2  # the objects' own boxes are among the RoIs
+    assert values[0]["loss"] == pytest.approx(sum(losses.values()), rel=1e-6)
+    assert values[0]["foreground"] >= 2  # the objects' own boxes are among the RoIs
     assert losses["loss_keypoint"] == pytest.approx(math.log(56**2), abs=0.3)  # a guess among the cells
     assert losses["loss_objectness"] == pytest.approx(math.log(2), abs=0.1)
     assert losses["loss_mask"] == pytest.approx(math.log(2), abs=0.1)
-
-
-def test_without_objects_the_step_is_finite_and_touches_every_parameter(scene_batch):
-    model, empty = demo_detector(scenes_args("--heads", "4conv1fc")), det.make_target([], {}, STILL, list(range(4)))
-    loss, values = step(model, scene_batch[1], [empty, empty])
-    assert loss.isfinite() and values["foreground"] == 0 and values["loss_mask"] == values["loss_keypoint"] == 0
-    assert all(buffer.isfinite().all() for buffer in model.buffers())
+    assert values[1]["foreground"] == values[1]["loss_mask"] == values[1]["loss_keypoint"] == 0
+    assert math.isfinite(values[1]["loss"]) and all(buffer.isfinite().all() for buffer in model.buffers())
 
 
 def test_c4_runs_res5_once_in_training_and_again_in_testing(scene_batch):
@@ -300,7 +283,7 @@ def test_boxes_stay_fp32_under_autocast(scene_batch):
     assert {x.dtype for x in [*seen, *values.values()]} == {torch.float32} and len(seen) == 14
 
 
-def test_the_batch_is_normalised_then_padded(scene_batch):
+def test_the_batch_is_normalised_then_padded():
     images = [torch.full((3, 40, 70), 255, dtype=torch.uint8), torch.randint(0, 256, (3, 65, 30), dtype=torch.uint8)]
     white, seen = (1 - torch.tensor(common.PIXEL_MEAN)) / torch.tensor(common.PIXEL_STD), []
     for divisor in (32, 1):  # of FPN and C4
@@ -310,7 +293,42 @@ def test_the_batch_is_normalised_then_padded(scene_batch):
     assert (seen[0][0, :, 40:] == 0).all() and (seen[0][0, :, :, 70:] == 0).all() and (seen[0][1, :, :, 30:] == 0).all()
 
 
-# ---- freezing, decay, schedule, statistics
+# ---- training
+
+
+@pytest.mark.parametrize("model", ["fpn", "c4"])
+def test_pretrained_weights_arrive_in_the_detector(model, tmp_path, capsys):
+    torch.manual_seed(3)
+    state = common.ResNetTrunk("resnet18").state_dict()
+    for x in state.values():
+        if x.is_floating_point():
+            x.add_(torch.rand_like(x))
+    torch.save({"state_dict": {f"module.encoder_q.{name}": x for name, x in state.items()}}, tmp_path / "moco.pth")
+    found = demo_detector(scenes_args("--weights", tmp_path / "moco.pth", "--model", model), ["boxes"]).state_dict()
+    assert f"{len(state)} tensors of resnet18" in capsys.readouterr().out
+    for name, x in state.items():
+        place = "backbone." if model == "c4" else "backbone.body."
+        place = "roi_heads.box_head." if model == "c4" and name.startswith("layer4") else place
+        assert torch.equal(found[place + name], x), name
+
+
+def test_heads_start_as_in_detectron2():
+    model = det.build_detector(settings(*"--task coco --data x --heads 4conv1fc".split()), 80, ["boxes", "masks"], 0)
+    heads, lateral = model.roi_heads, model.backbone.fpn.inner_blocks[3][0]
+    fc = next(m for m in heads.box_head if isinstance(m, nn.Linear))
+    conv = next(m for m in heads.box_head.modules() if isinstance(m, nn.Conv2d))
+    for layer, std in (
+        (heads.box_predictor.cls_score, 0.01),
+        (heads.box_predictor.bbox_pred, 0.001),
+        (heads.mask_predictor.mask_fcn_logits, 0.001),
+        (heads.mask_predictor.conv5_mask, math.sqrt(2 / (256 * 4))),
+        (conv, math.sqrt(2 / (256 * 9))),
+        (model.rpn.head.cls_logits, 0.01),
+    ):
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.1) and (layer.bias is None or not layer.bias.any())
+    assert fc.weight.abs().max().item() == pytest.approx(math.sqrt(3 / fc.in_features), rel=0.01) and not fc.bias.any()
+    assert lateral.bias is None and lateral.weight.abs().max().item() == pytest.approx(math.sqrt(3 / 2048), rel=0.01)
+    assert model.divisor == 32
 
 
 @pytest.mark.parametrize("model, at", [("c4", 0), ("c4", 2), ("c4", 4), ("c4", 5), ("fpn", 2), ("fpn", 4)])
@@ -326,8 +344,6 @@ def test_what_is_frozen_stays_as_it_is(model, at, scene_batch):
     optimizer.step()
     for name, x in network.state_dict().items():
         assert torch.equal(x, before[name]) == any(name.startswith(f"{n}.") for n in names), name
-    if model == "c4":
-        assert network.roi_heads.box_head.norm.training and network.roi_heads.box_head.norm.weight.requires_grad
 
 
 def test_norms_have_no_weight_decay():
@@ -375,7 +391,7 @@ def test_precise_bn_is_the_population():
     assert (frozen.running_mean == 0).all() and (frozen.running_var == 1).all() and not first._forward_pre_hooks
 
 
-# ---- images and masks
+# ---- images, masks, data sets
 
 
 def test_resized():
@@ -413,22 +429,19 @@ def test_keypoints_come_back_from_the_heat_map():
 
 
 def test_paste_mask():
-    ones, half = torch.ones(28, 28), (torch.arange(28) < 14).float().expand(28, 28)
-    pasted = det.paste_mask(ones, [10.0, 20.0, 30.0, 50.0], 60, 40)
-    assert pasted[20:50, 10:30].all() and pasted.sum() == 20 * 30
-    pasted = det.paste_mask(half, [-10.0, 20.0, 30.0, 50.0], 60, 40)  # reaches out of the image
-    assert pasted[20:50, :10].all() and pasted.sum() == 10 * 30
-    smooth = F.interpolate(torch.rand(1, 1, 4, 4), size=28, mode="bicubic")[0, 0]
-    x0, y0, x1, y1 = box = [3.7, -4.2, 38.1, 55.5]
-    pasted = det.paste_mask(smooth, box, 60, 40)
-    for y, x in np.ndindex(20, 14):  # the centre of every third pixel, read off the mask by hand
-        u, v, value = (3 * x + 0.5 - x0) / (x1 - x0) * 28 - 0.5, (3 * y + 0.5 - y0) / (y1 - y0) * 28 - 0.5, 0.0
+    torch.manual_seed(0)
+    mask = F.interpolate(torch.rand(1, 1, 4, 4), size=28, mode="bicubic")[0, 0]
+    x0, y0, x1, y1 = box = [3.7, -4.2, 38.1, 55.5]  # reaches out of the image
+    pasted = det.paste_mask(mask, box, 60, 40)
+    for y, x in np.ndindex(60, 40):  # each pixel's centre, read off the mask by hand
+        u, v, value = (x + 0.5 - x0) / (x1 - x0) * 28 - 0.5, (y + 0.5 - y0) / (y1 - y0) * 28 - 0.5, 0.0
         for i in (math.floor(v), math.floor(v) + 1):
             for j in (math.floor(u), math.floor(u) + 1):
                 inside = 0 <= i < 28 and 0 <= j < 28
-                value += (1 - abs(v - i)) * (1 - abs(u - j)) * (smooth[i, j].item() if inside else 0)
+                value += (1 - abs(v - i)) * (1 - abs(u - j)) * (mask[i, j].item() if inside else 0)
         if abs(value - 0.5) > 1e-4:
-            assert pasted[3 * y, 3 * x] == (value > 0.5), (x, y)
+            assert pasted[y, x] == (value > 0.5), (x, y)
+    assert 0.2 < pasted.mean() < 0.8
 
 
 def test_detections_go_back_to_the_original_image():
@@ -467,27 +480,21 @@ def test_unreadable_images_have_no_detections(tmp_path, capsys, monkeypatch):
 
 
 def test_training_images_are_pils_anti_aliased_ones(tmp_path):
-    data = coco_data(tmp_path, [annotation(0, [1, 1, 29, 29])])
-    images, seen = det.TrainingImages(data, settings(*CUSTOM, "--short-sides", 32)), set()
-    small = np.asarray(data.read(0).resize((int(96 * 32 / 64 + 0.5), 32), Image.BILINEAR))
-    for epoch in range(8):
+    """Each of a short side and a flip that are drawn for its seed, epoch and index."""
+    data, seen = coco_data(tmp_path, [annotation(0, [1, 1, 29, 29])]), []
+    images, other = (
+        det.TrainingImages(data, settings(*CUSTOM, "--short-sides", 32, 48, "--seed", seed)) for seed in (0, 1)
+    )
+    for epoch in range(16):
         pixels, target, index, passed = images[epoch, 0]
-        flipped = bool(target["boxes"][0, 0] > 4)
+        side, flipped = pixels.shape[1], bool(target["boxes"][0, 0] > 4)
+        small = np.asarray(data.read(0).resize((side * 3 // 2, side), Image.BILINEAR))
         assert np.array_equal(pixels.permute(1, 2, 0), small[:, ::-1] if flipped else small)
-        assert target["view"] == det.View((0.5, 0.5), (32, 48), flipped) and (index, passed) == (0, 0)
-        assert torch.equal(pixels, images[epoch, 0][0])  # a function of (seed, epoch, index) alone
-        seen.add(flipped)
-    assert seen == {True, False}
-
-
-def test_short_sides_are_drawn():
-    train = det.open_data(scenes_args("--data", "scenes:4"), "train")
-    images = [det.TrainingImages(train, scenes_args("--seed", seed)) for seed in (0, 1)]
-    sides, other = ([one[epoch, 1][0].shape[-1] for epoch in range(20)] for one in images)
-    assert {*sides} == {112, 128, 144} and sides != other
-
-
-# ---- data sets
+        assert target["view"] == det.View((side / 64, side / 64), (side, side * 3 // 2), flipped)
+        assert torch.equal(pixels, images[epoch, 0][0]) and (index, passed) == (0, 0)
+        seen.append((side, flipped))
+    assert {*seen} == {(32, False), (32, True), (48, False), (48, True)}
+    assert [side for side, _ in seen] != [other[epoch, 0][0].shape[1] for epoch in range(16)]
 
 
 def test_coco_data_copes_with_what_files_hold(tmp_path, capsys):
@@ -512,9 +519,8 @@ def test_coco_data_copes_with_what_files_hold(tmp_path, capsys):
     truth = det.coco_truth(data, "bbox")
     assert len(truth.getImgIds()) == 4 and sorted(truth.anns) == [1, 2, 3, 4]  # an id of 0 would count as no match
     assert truth.anns[2]["iscrowd"] == 1 and truth.anns[1]["category_id"] == 7
-    images = det.TrainingImages(data, settings(*CUSTOM))
-    assert images.name(1) == "2.png"
-    assert [len(images[0, i][1]["boxes"]) for i in range(len(images))] == [1, 1]  # crowds are no targets
+    images = det.TrainingImages(data, settings(*CUSTOM))  # crowds are no targets
+    assert images.name(1) == "2.png" and [len(images[0, i][1]["boxes"]) for i in range(len(images))] == [1, 1]
 
 
 def test_images_that_are_missing_or_of_another_size_are_named(tmp_path, capsys):
@@ -531,20 +537,21 @@ def test_images_that_are_missing_or_of_another_size_are_named(tmp_path, capsys):
 
 def test_what_is_not_coco_is_refused(tmp_path):
     write(tmp_path)
-    homeless, strange, short = (
-        [annotation(99, [1, 1, 2, 2])] * 2,
-        [annotation(0, [1, 1, 2, 2], 5)],
-        [annotation(0, [1, 1])],
-    )
-    for broken in ({}, [], content([], 0, []), *map(content, (homeless, strange, short))):
+    rows = annotation(99, [1, 1, 2, 2]), annotation(0, [1, 1, 2, 2], 5), annotation(0, [1, 1])
+    for broken in ({}, [], content([], 0, []), *(content([row] * 2) for row in rows)):
         with pytest.raises(UserError):
             coco.CocoData(broken, str(tmp_path), "a.json")
 
 
 def test_validation_data_use_the_labels_of_training(tmp_path):
-    row = annotation(0, [1, 2, 30, 40], 7)
-    train = coco_data(tmp_path, [row])
-    val = coco_data(tmp_path, [row], categories=[CAT], known=train.categories)
+    write(tmp_path)
+    for name, categories in (("a", [CAT, DOG]), ("b", [CAT])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content([annotation(0, [1, 2, 30, 40], 7)], 1, categories)))
+    args = settings(
+        *CUSTOM[:2], *f"--train-json {tmp_path}/a.json --val-json {tmp_path}/b.json --images {tmp_path}".split()
+    )
+    train = det.open_data(args, "train")
+    val = det.open_data(args, "val", train.categories)
     assert val.label == train.label == {3: 1, 7: 2}
     assert det.evaluate_coco(val, found_as_truth(val), "bbox")["AP"] == pytest.approx(100)
     for other in ({"id": 7, "name": "cow"}, {"id": 8, "name": "cat"}):
@@ -568,31 +575,17 @@ def test_objects_without_masks_or_keypoints(tmp_path):
         coco_data(tmp_path, [rows[0] | {"keypoints": [1] * 6}], categories=named)
 
 
-def test_both_files_share_one_folder_or_its_train_and_val(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(content([annotation(0, [1, 1, 9, 9])])))
-    for folder in ("photos", "split/train", "split/val"):
-        write(tmp_path / folder)
-    for images, folder in (("photos", "photos"), ("split", "split/val")):
-        args = settings("--task", "custom", "--train-json", path, "--val-json", path, "--images", tmp_path / images)
-        assert det.open_data(args, "val").folder == str(tmp_path / folder)
-
-
 def test_a_portrait_with_exif_rotation(tmp_path):
     """Sizes come from the image as it is seen; annotations of the stored pixels are kept, too."""
     exif, told = Image.Exif(), content([annotation(0, [1, 1, 9, 9])])
     exif[0x0112] = 6  # a quarter turn
     Image.new("RGB", (96, 64), "red").save(tmp_path / "0.jpg", exif=exif)
-    for size, seen in (
-        ({}, (64, 96)),
-        ({"width": 96, "height": 64}, (96, 64)),
-        ({"width": 64, "height": 96}, (64, 96)),
-    ):
-        told["images"] = [{"id": 0, "file_name": "0.jpg"} | size]
+    for size in (None, (96, 64), (64, 96)):
+        told["images"] = [{"id": 0, "file_name": "0.jpg"} | dict(zip(("width", "height"), size or (), strict=False))]
         data = coco.CocoData(told, str(tmp_path), "a.json")
-        assert data.read(0).size == seen == (data.images[0]["width"], data.images[0]["height"])
-        wide = det.TrainingImages(data, settings(*CUSTOM)).kinds.tolist()
-        assert wide == [seen == (96, 64)]  # harness.images.Batches keeps wide and high ones apart
+        assert data.read(0).size == (size or (64, 96)) == (data.images[0]["width"], data.images[0]["height"])
+        kinds = det.TrainingImages(data, settings(*CUSTOM)).kinds.tolist()
+        assert kinds == [size == (96, 64)]  # harness.images.Batches keeps wide and high ones apart
 
 
 def voc_tree(root):
@@ -699,12 +692,8 @@ def found_as_truth(data):
 
 
 def test_eleven_points():
-    for recall, precision, ap in (
-        ([0.5], [1.0], 6 / 11),
-        ([0.25, 0.25, 0.5], [1.0, 0.5, 2 / 3], (3 * 1 + 3 * 2 / 3) / 11),
-        ([1.0], [1.0], 1),
-        ([], [], 0),
-    ):
+    cases = [([0.5], [1], 6 / 11), ([0.25, 0.25, 0.5], [1, 0.5, 2 / 3], (3 + 2) / 11), ([1], [1], 1), ([], [], 0)]
+    for recall, precision, ap in cases:
         assert metrics.voc_ap(np.array(recall), np.array(precision)) == pytest.approx(ap)
 
 
@@ -715,14 +704,7 @@ def test_voc_rules_on_worked_examples():
     for rule, truth, threshold, found, right, wrong in (
         ("a duplicate is wrong", one, 0.5, [(0, 0.9, here), (0, 0.8, here)], [1, 0], [0, 1]),
         ("best score first", one, 0.5, [(0, 0.2, here), (0, 0.9, far)], [0, 1], [1, 0]),
-        (
-            "difficult ones count neither way, however often",
-            hard,
-            0.5,
-            [(0, 0.9, here), (0, 0.8, here)],
-            [0, 0],
-            [0, 0],
-        ),
+        ("difficult ones never count", hard, 0.5, [(0, 0.9, here), (0, 0.8, here)], [0, 0], [0, 0]),
         ("just the threshold is not enough", one, 0.5, [(0, 0.9, half)], [0], [1]),
         ("more than the threshold is", one, 0.4999, [(0, 0.9, half)], [1], [0]),
         ("no second best object", two, 0.5, [(0, 0.9, here), (0, 0.8, here), (0, 0.7, near)], [1, 0, 1], [0, 1, 0]),
@@ -745,18 +727,15 @@ def test_voc_evaluation(tmp_path):
     assert sorted(a["iscrowd"] for a in det.coco_truth(val, "bbox").anns.values()) == [0, 0, 1, 1]  # difficult ones
     rows = [row for i in range(2) for row in val.annotations(i)]
     dogs = [one for one in perfect if one["category_id"] == 12]
-
-    def curve(results):
-        return metrics.evaluate_voc(rows, results, [12])["AP_by_IoU"]
-
+    curve = functools.partial(metrics.evaluate_voc, rows, categories=[12])
     hard = [*rows, rows[0] | {"bbox": [60, 30, 9, 9], "difficult": 1}]  # need not be found
     assert metrics.evaluate_voc(hard, dogs, [12])["AP"] == pytest.approx(100)
-    shifted = curve([one | {"bbox": [10, 20, 20, 35]} for one in dogs])  # overlap 20 / 35 = .571
+    shifted = curve([one | {"bbox": [10, 20, 20, 35]} for one in dogs])["AP_by_IoU"]  # overlap 20 / 35 = .571
     assert shifted["50"] == shifted["55"] == pytest.approx(100) and shifted["60"] == 0
-    assert curve(dogs[:1])["50"] == pytest.approx(600 / 11)
+    assert curve(dogs[:1])["AP50"] == pytest.approx(600 / 11)
     # scores are rounded to three decimals: what ties then stands in the order given
     close = [dogs[0] | {"score": 0.90011, "bbox": [60, 1, 10, 8]}, dogs[0] | {"score": 0.90049}]
-    assert curve(close)["50"] == pytest.approx(100 * 6 / 11 / 2)
+    assert curve(close)["AP50"] == pytest.approx(100 * 6 / 11 / 2)
 
 
 def test_coco_evaluation(tmp_path):
@@ -765,9 +744,6 @@ def test_coco_evaluation(tmp_path):
     for kind in ("bbox", "segm", "keypoints"):
         result = det.evaluate_coco(data, [dict(one) for one in perfect], kind)
         assert result["AP"] == pytest.approx(100) and result["AP_by_IoU"]["95"] == pytest.approx(100), kind
-    moved = [one | {"bbox": [one["bbox"][0] + 5, one["bbox"][1] + 5, *one["bbox"][2:]]} for one in perfect]
-    result = det.evaluate_coco(data, moved, "bbox")
-    assert 0 < result["AP"] < 100 and result["AP50"] > result["AP75"]
     assert det.evaluate_coco(data, [], "segm")["AP"] == 0
     wrong = [one | {"category_id": one["category_id"] % 10 + 1} for one in perfect]
     assert det.evaluate_coco(data, wrong, "bbox")["AP50"] < 20
@@ -841,41 +817,3 @@ def test_cityscapes_equals_its_own_scripts():
                 found[-1].append((label, round(float(rng.random()), 2), as_rle(mask)))
     ours = metrics.evaluate_cityscapes(maps, found, EIGHT)
     assert ours["AP"] == pytest.approx(12.70478, abs=1e-4) and ours["AP50"] == pytest.approx(44.98264, abs=1e-4)
-
-
-# ---- weights
-
-
-@pytest.mark.parametrize("model", ["fpn", "c4"])
-def test_pretrained_weights_arrive_in_the_detector(model, tmp_path, capsys):
-    torch.manual_seed(3)
-    state = common.ResNetTrunk("resnet18").state_dict()
-    for x in state.values():
-        if x.is_floating_point():
-            x.add_(torch.rand_like(x))
-    torch.save({"state_dict": {f"module.encoder_q.{name}": x for name, x in state.items()}}, tmp_path / "moco.pth")
-    found = demo_detector(scenes_args("--weights", tmp_path / "moco.pth", "--model", model), ["boxes"]).state_dict()
-    assert f"{len(state)} tensors of resnet18" in capsys.readouterr().out
-    for name, x in state.items():
-        place = "backbone." if model == "c4" else "backbone.body."
-        place = "roi_heads.box_head." if model == "c4" and name.startswith("layer4") else place
-        assert torch.equal(found[place + name], x), name
-
-
-def test_heads_start_as_in_detectron2():
-    model = det.build_detector(settings(*"--task coco --data x --heads 4conv1fc".split()), 80, ["boxes", "masks"], 0)
-    heads, lateral = model.roi_heads, model.backbone.fpn.inner_blocks[3][0]
-    fc = next(m for m in heads.box_head if isinstance(m, nn.Linear))
-    conv = next(m for m in heads.box_head.modules() if isinstance(m, nn.Conv2d))
-    for layer, std in (
-        (heads.box_predictor.cls_score, 0.01),
-        (heads.box_predictor.bbox_pred, 0.001),
-        (heads.mask_predictor.mask_fcn_logits, 0.001),
-        (heads.mask_predictor.conv5_mask, math.sqrt(2 / (256 * 4))),
-        (conv, math.sqrt(2 / (256 * 9))),
-        (model.rpn.head.cls_logits, 0.01),
-    ):
-        assert layer.weight.std().item() == pytest.approx(std, rel=0.1) and (layer.bias is None or not layer.bias.any())
-    assert fc.weight.abs().max().item() == pytest.approx(math.sqrt(3 / fc.in_features), rel=0.01) and not fc.bias.any()
-    assert lateral.bias is None and lateral.weight.abs().max().item() == pytest.approx(math.sqrt(3 / 2048), rel=0.01)
-    assert model.divisor == 32

@@ -222,11 +222,9 @@ def main(argv=None):
     print(f"{len(taken)} of {len(ids)} images; furthest below COCO: {', '.join(text for _, text in shares[:5])}")
     print(f"{'':16}{'images':>10}{'objects an image':>20}{'categories an image':>22}{'categories':>14}")
     inside = np.isin(image, taken)
-    for title, *values in (
-        ("sample", image[inside], category[inside], len(taken)),
-        ("COCO", coco_image, coco_category, coco_images),
-        ("  with objects", coco_image, coco_category, len(np.unique(coco_image))),
-    ):
+    rows = {"sample": (image[inside], category[inside], len(taken)), "COCO": (coco_image, coco_category, coco_images)}
+    rows["  with objects"] = coco_image, coco_category, len(np.unique(coco_image))
+    for title, values in rows.items():
         images, objects, categories, kinds = statistics(*values)
         print(f"{title:16}{images:10}{objects:20.2f}{categories:22.2f}{kinds:14}")
     harness.weights.write_atomically(f"{args.out}.txt", [f"{ids[place]:016x}\n".encode() for place in taken])

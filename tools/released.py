@@ -11,6 +11,8 @@ backbone by --init, and transfer_det.py the pyramid by --fpn-weights.
 
 import argparse
 
+import torch
+
 import common
 import harness.run
 import resim
@@ -40,27 +42,20 @@ def to_released(state):
     }
 
 
-def from_released(state, names):
-    """The tensors `names` (ours) of a ReSim with --preset official from a released checkpoint's state_dict.
+def detector_weights(file, arch):
+    """Backbone and pyramid of the query network in a released file, under the names of torchvision's detectors.
 
     Errors:
-        KeyError: the released name of a tensor that is not there.
+        UserError: not a checkpoint, or a tensor is missing or of another shape than that of `arch`.
     """
-    found = {name: state[released_name(name)] for name in names}
-    return {name: tensor.T if name == "image_queue.vectors" else tensor for name, tensor in found.items()}
-
-
-def detector_weights(state, arch):
-    """Backbone and pyramid of the query network in a released state_dict, under the names of torchvision's detectors.
-
-    Errors:
-        KeyError, as from_released. RuntimeError: a tensor of another shape than that of `arch`.
-    """
-    encoder = resim.Encoder(arch, resim.LEVELS["fpn"], official=True)
-    found = from_released(state, [f"query.{name}" for name in encoder.state_dict()])
-    encoder.load_state_dict({name.removeprefix("query."): tensor for name, tensor in found.items()})
-    parts = {"backbone.body": encoder.trunk, "backbone.fpn": encoder.pyramid}
-    return {f"{part}.{name}": x for part, module in parts.items() for name, x in module.state_dict().items()}
+    backbone, _ = weights.load_backbone(file, arch)
+    with torch.device("meta"):
+        wanted = resim.Encoder(arch, resim.LEVELS["fpn"], official=True).pyramid.state_dict()
+    pyramid, _ = weights.fpn_tensors(file, wanted)
+    if wanted.keys() - pyramid.keys():
+        raise UserError(f"{file}: {min(wanted.keys() - pyramid.keys())} is missing, so this is no released ReSim-FPN")
+    parts = {"backbone.body": backbone, "backbone.fpn": pyramid}
+    return {f"{part}.{name}": x for part, state in parts.items() for name, x in state.items()}
 
 
 def main(argv=None):
@@ -75,14 +70,7 @@ def main(argv=None):
             raise UserError(f"{args.file}: not a run with --preset official, so the released code has no place for it")
         written = {"state_dict": to_released(found["model"])}
     else:
-        state = found.get("state_dict", found) if isinstance(found, dict) else {}
-        try:
-            written = detector_weights(state if isinstance(state, dict) else {}, args.arch)
-        except KeyError as error:
-            lacking = f"{args.file}: {error.args[0]} is missing"
-            raise UserError(f"{lacking}, so this is not a released checkpoint of --arch {args.arch}") from None
-        except RuntimeError as error:
-            raise UserError(f"{args.file}: check --arch ({' '.join(str(error).split())[:200]})") from None
+        written = detector_weights(args.file, args.arch)
     weights.save_atomically(written, args.out)
     print(f"{args.out}: {len(written.get('state_dict', written))} tensors", flush=True)
 
