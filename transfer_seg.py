@@ -287,7 +287,8 @@ def matching(images, masks, say):
     found = [(there.get(os.path.splitext(name)[0]), name) for name in names]
     alone = [mask for image, mask in found if image is None]
     if alone or not names:
-        raise OSError(f"of {len(names)} PNG files in {masks}, {len(alone)} have no image in {images}: {alone[:1]}")
+        what = f"{len(alone)} have no image of the same name, for instance {alone[0]}" if alone else "none are there"
+        raise OSError(f"of the PNG files in {masks}, {what}")
     if say and len(names) < len(there):
         print0(f"{len(there) - len(names)} of {len(there)} images in {images} have no mask and are passed over")
     return [(image, os.path.join(images, image), os.path.join(masks, mask)) for image, mask in found]

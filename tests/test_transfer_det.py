@@ -21,7 +21,6 @@ import transfer_det as det
 from common import UserError
 from harness import coco, metrics
 
-CPU = torch.device("cpu")
 STILL = det.View((1.0, 1.0), (64, 96), False)
 CUSTOM = "--task custom --train-json a --val-json b --images c".split()
 DOG, CAT = {"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}
@@ -45,7 +44,7 @@ def scene_batch():
 
 def demo_detector(args, outputs=("boxes", "masks", "keypoints"), keypoints=4):
     """The demo's detector, with few proposals: quick."""
-    model = det.new_detector(args, CPU, 10, outputs, keypoints)
+    model = det.new_detector(args, torch.device("cpu"), 10, outputs, keypoints)
     model.rpn._post_nms_top_n = dict(training=40, testing=40)
     return model
 
@@ -447,13 +446,10 @@ def test_paste_mask():
 def test_detections_go_back_to_the_original_image():
     """80 x 100 pixels were resized to 61 x 53: another factor for each side."""
     mask = (torch.arange(28) < 14).float().expand(28, 28)
-    said = dict(
-        boxes=torch.tensor([[10.0, 6.1, 30.0, 36.6], [40.0, 50.0, 70.0, 80.0], [52.9, 5, 53, 9], [53, 5, 53, 9]]),
-        scores=torch.tensor([0.9, 0.8, 0.7, 0.6]),
-        labels=torch.tensor([3, 1, 1, 1]),
-        masks=mask.expand(4, 28, 28),
-        keypoints=torch.tensor([[[26.5, 30.5, 1.0], [53, 61, 1]]]).repeat(4, 1, 1),
-    )
+    said = {"scores": torch.tensor([0.9, 0.8, 0.7, 0.6]), "labels": torch.tensor([3, 1, 1, 1])}
+    said["boxes"] = torch.tensor([[10.0, 6.1, 30.0, 36.6], [40, 50, 70, 80], [52.9, 5, 53, 9], [53, 5, 53, 9]])
+    said["keypoints"] = torch.tensor([[[26.5, 30.5, 1.0], [53, 61, 1]]]).repeat(4, 1, 1)
+    said["masks"] = mask.expand(4, 28, 28)
     categories, image = [{"id": 10 * k} for k in (1, 2, 3)], torch.zeros(3, 61, 53, dtype=torch.uint8)
     found = det.detect(lambda images: [said], image, (100, 80), categories)
     assert [one["category_id"] for one in found] == [30, 10, 10]  # the last one is empty
@@ -466,25 +462,12 @@ def test_detections_go_back_to_the_original_image():
     assert pasted[30, 20] == 1 and pasted[30, 40] == 0
 
 
-def test_unreadable_images_have_no_detections(tmp_path, capsys, monkeypatch):
-    data = coco_data(tmp_path, [annotation(0, [1, 1, 30, 30])], 3)
-    (tmp_path / "1.png").write_bytes(b"no image")
-    one = {"category_id": 3, "score": 0.9, "bbox": [1, 1, 9, 9]}
-    monkeypatch.setattr(det, "detect", lambda model, image, size, known: [one | {"seen": (*image.shape, *size)}])
-    monkeypatch.setattr(det, "evaluate", lambda args, data, found, outputs: {"found": [found]})
-    args = scenes_args()
-    args.output_dir = str(tmp_path)
-    found = det.evaluated(args, nn.Identity(), data, ["boxes"], CPU)["found"][0]
-    assert [len(found[i]) for i in range(3)] == [1, 0, 1] and "1.png" in capsys.readouterr().out
-    assert found[2][0]["seen"] == (3, 128, 192, 64, 96)
-
-
 def test_training_images_are_pils_anti_aliased_ones(tmp_path):
     """Each of a short side and a flip that are drawn for its seed, epoch and index."""
     data, seen = coco_data(tmp_path, [annotation(0, [1, 1, 29, 29])]), []
-    images, other = (
-        det.TrainingImages(data, settings(*CUSTOM, "--short-sides", 32, 48, "--seed", seed)) for seed in (0, 1)
-    )
+    flags = [*CUSTOM, "--short-sides", 32, 48, "--test-side", 40, "--seed"]
+    images, other = (det.TrainingImages(data, settings(*flags, seed)) for seed in (0, 1))
+    assert det.at_test_size(data.read(0), settings(*flags, 0)).shape == (3, 40, 60)
     for epoch in range(16):
         pixels, target, index, passed = images[epoch, 0]
         side, flipped = pixels.shape[1], bool(target["boxes"][0, 0] > 4)
@@ -621,11 +604,8 @@ def test_voc_reader(inner, tmp_path):
 
 
 def test_coco_reader(tmp_path):
-    rows = [
-        annotation(0, [1, 1, 20, 20]),
-        annotation(0, [1, 1, 9, 9], keypoints=[0] * 51),
-        annotation(10, [1, 1, 20, 20], keypoints=[5, 5, 2] + [0, 0, 0] * 16, num_keypoints=1),
-    ]
+    rows = [annotation(0, [1, 1, 20, 20]), annotation(0, [1, 1, 9, 9], keypoints=[0] * 51)]
+    rows.append(annotation(10, [1, 1, 20, 20], keypoints=[5, 5, 2] + [0, 0, 0] * 16, num_keypoints=1))
     person = {"id": 3, "name": "person", "keypoints": ["nose"] + [f"k{i}" for i in range(16)]}
     (tmp_path / "annotations").mkdir()
     for split in ("train2017", "val2017"):
