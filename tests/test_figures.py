@@ -13,22 +13,18 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 import common
-import harness.images
-import harness.look
-import harness.pictures
 import resim
 import setsim
 from common import UserError
+from harness import images, look, pictures
 from tools import figures
-
-THRESHOLDS = [50, 55, 60, 65, 70, 75, 80, 85, 90, 95]
 
 
 def drawn(*words):
     """The panels of a command's figure, before it is saved: {title: axis}."""
     args = figures.get_args([*map(str, words)])
     axes = figures.DRAWN[args.command](args).axes
-    harness.pictures.pyplot().close("all")
+    pictures.pyplot().close("all")
     return {axis.get_title(): axis for axis in axes}
 
 
@@ -47,9 +43,10 @@ def test_curves_have_a_panel_for_each_value_and_a_line_for_each_run(tmp_path):
     two = write_lines(tmp_path / "two" / "log.jsonl", [x | {"lr": 0.5, "images_per_s": 88.0} for x in steps])
     (two / "log.jsonl").open("a").write('{"step": 40, "lo')  # torn by a kill
     panels = drawn("curves", one, two, "--names", "first", "second")
-    lines = {(name, line) for name, axis in panels.items() for line in axis.get_lines()}
-    run = {to_hex("C0"): 0, to_hex("C1"): 1}
-    assert {f"{name} {x.get_linestyle()}{run[to_hex(x.get_color())]}": x.get_xydata().tolist() for name, x in lines} == {
+    lines, run = [], {to_hex("C0"): 0, to_hex("C1"): 1}
+    for name, axis in panels.items():
+        lines += [(f"{name} {x.get_linestyle()}{run[to_hex(x.get_color())]}", x) for x in axis.get_lines()]
+    assert {name: line.get_xydata().tolist() for name, line in lines} == {
         "hits -0": [[0, 0.1], [20, 0.6]], "hits --0": [[0, 0.125], [1, 0.125]], "hits -1": [],
         "loss_image -0": [[10, 4.75], [20, 4.5]], "loss_image --0": [[0, 6.5], [1, 6.5]],
         "loss_image -1": [[10, 4.75], [20, 4.5]], "lr -0": [], "lr -1": [[10, 0.5], [20, 0.5]],
@@ -61,7 +58,7 @@ def test_curves_have_a_panel_for_each_value_and_a_line_for_each_run(tmp_path):
 
 def test_yardsticks_belong_to_their_values():
     for logged, wanted in {  # as the methods log them
-        "loss loss_image loss_set std_dense rows loss_chance std_spread": "None loss_chance loss_chance std_spread None",
+        "loss loss_image loss_set std_dense rows loss_chance std_spread": "None loss_chance loss_chance std_spread",
         "loss loss_image loss_c4 std_c4 loss_chance chance_c4 spread_c4": "None loss_chance chance_c4 spread_c4",
         "loss loss_dc loss_dp std shift loss_chance std_spread": "loss_chance None None std_spread None",
     }.items():
@@ -69,29 +66,20 @@ def test_yardsticks_belong_to_their_values():
         assert " ".join(found).startswith(wanted), logged
 
 
-def results(tmp_path, **runs):
-    """The folders of runs; of each (seed, protocol, kinds) of its trials."""
-    for name, trials in runs.items():
-        lines = []
-        for seed, protocol, *kinds in trials:
-            rng = np.random.default_rng(seed)
-            values = {k: {"AP": 1.0, "AP_by_IoU": {str(t): rng.uniform(0, 50) for t in THRESHOLDS}} for k in kinds}
-            lines.append({"seed": seed, "weights": "random", "protocol": protocol, **values})
-        write_lines(tmp_path / name / "results.jsonl", lines)
-    return [tmp_path / name for name in runs]
+def results(folder, values, protocols="AAA", kinds=("box",)):
+    """The folder of a run. values: (trials, thresholds), the AP of each trial."""
+    curves = [{"AP": 1.0, "AP_by_IoU": dict(zip(range(50, 100, 5), row, strict=True))} for row in values.tolist()]
+    lines = [dict.fromkeys(kinds, curve) | {"protocol": name} for curve, name in zip(curves, protocols, strict=False)]
+    return write_lines(folder / "results.jsonl", lines)
 
 
 def test_ap_is_the_mean_over_trials_and_the_gain_is_over_the_first_run(tmp_path):
     """Of kinds that all runs have."""
-    ours, other = (
-        [(seed, "A", "box", "keypoints") for seed in (1, 2, 6)],
-        [(seed, "A", "mask", "box") for seed in (3, 4)],
-    )
-    runs = results(tmp_path, ours=ours, other=other, one=[(0, "A", "box")])
+    ours, other, one = (np.random.default_rng(n).uniform(0, 50, (n, 10)) for n in (3, 2, 1))
+    runs = [results(tmp_path / "ours", ours, kinds=("box", "keypoints")), results(tmp_path / "one", one)]
+    runs.insert(1, results(tmp_path / "other", other, kinds=("mask", "box")))
     found = drawn("ap", *runs, "--names", "ours", "other", "one")
     assert [*found] == ["box: AP", "box: gain over ours"] and [*drawn("ap", runs[0])] == ["box: AP", "keypoints: AP"]
-    lines = [map(json.loads, (run / "results.jsonl").open()) for run in runs]
-    ours, other, one = (np.array([[*x["box"]["AP_by_IoU"].values()] for x in part]) for part in lines)
     gain, error = other.mean(0) - ours.mean(0), np.sqrt(ours.var(0, ddof=1) / 3 + other.var(0, ddof=1) / 2)
     for title, place, wanted, wanted_bars in (
         ("box: AP", 0, ours.mean(0), ours.std(0, ddof=1)),
@@ -102,18 +90,11 @@ def test_ap_is_the_mean_over_trials_and_the_gain_is_over_the_first_run(tmp_path)
         ("box: gain over ours", 2, one[0] - ours.mean(0), []),
     ):
         line, _, bars = found[title].containers[place].lines
-        assert np.allclose(line.get_xydata().T, [np.array(THRESHOLDS) / 100, wanted])
+        assert np.allclose(line.get_xydata().T, [np.arange(50, 100, 5) / 100, wanted])
         bars = [np.ptp(x[:, 1]) / 2 for bar in bars for x in bar.get_segments() if len(x)]
         assert len(bars) == len(wanted_bars) and np.allclose(bars, wanted_bars)
     texts = [text.get_text() for text in found["box: AP"].get_legend().get_texts()]
     assert texts == ["ours, mean of 3", "other, mean of 2", "one, mean of 1"]
-
-
-def test_differing_protocols_are_named_and_not_drawn(tmp_path):
-    one, two = results(tmp_path, one=[(0, "A", "box")], two=[(1, "A", "box"), (2, "B", "box")])
-    for runs in ([one, two], [two]):
-        with pytest.raises(UserError, match="not comparable: A; B"):
-            drawn("ap", *runs)
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +112,8 @@ def checkpoint(path, script, flags):
     for place, (name, tensor) in enumerate(method.state_dict().items()):
         if name.endswith("running_mean"):
             tensor += 0.1 * torch.rand(tensor.shape, generator=torch.Generator().manual_seed(place))
-    settings = vars(args) | {"amp": "bf16"}
-    torch.save({"script": script.__name__, "settings": settings, "step": 7, "model": method.state_dict()}, path)
+    kept = {"script": script.__name__, "settings": vars(args) | {"amp": "bf16"}, "step": 7}
+    torch.save(kept | {"model": method.state_dict()}, path)
     return method.eval()
 
 
@@ -141,15 +122,14 @@ def test_matches_are_those_that_the_run_itself_draws(tmp_path, photos, kind, cap
     """In evaluation mode and fp32. Those of a backbone alone: SetSim's with the default settings."""
     script, path, rows = resim if kind == "resim" else setsim, tmp_path / "checkpoint.pth", []
     own = {"moco": "--geometry 0.6", "simsiam": "--framework simsiam", "resim": "--levels c4"}.get(kind, "")
-    method = checkpoint(path, script, own)
+    method, flags = checkpoint(path, script, own), "--count 3 --seed 3 --size 128 --arch resnet18 --out".split()
     if kind == "backbone":
         method.key.load_state_dict(method.query.state_dict())
         torch.save(method.query.trunk.state_dict(), path)
-    flags = "--count 3 --seed 3 --size 128 --arch resnet18 --out".split()
     figures.main(["matches", str(path), str(photos), *flags, str(tmp_path / "found.png")])
     for name in ("0000.png", "0004.png"):
         with common.drawing("figure", 3, name):
-            rows.append(script.two_views(harness.images.read_image(photos / name), 128))
+            rows.append(script.two_views(images.read_image(photos / name), 128))
     with torch.no_grad():
         method.draw(tmp_path / "wanted.png", *(torch.stack(x) for x in zip(*rows, strict=True)))
     assert (tmp_path / "found.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
@@ -160,12 +140,12 @@ def test_matches_are_those_that_the_run_itself_draws(tmp_path, photos, kind, cap
 def test_attention_is_drawn_in_its_colours_and_its_set_is_framed(tmp_path, photos, flags, monkeypatch):
     """A run of setsim.py with its own statistic and set; of another script, 0.7 and the sum of |z|."""
     path, sheets = tmp_path / "checkpoint.pth", []
-    monkeypatch.setattr(harness.pictures, "save_columns", lambda path, columns, *_, **__: sheets.append(columns))
-    script, more = (setsim, flags) if flags else (resim, "--preset official")
-    trunk = checkpoint(path, script, more).query.trunk
+    monkeypatch.setattr(pictures, "save_columns", lambda path, columns, *_, **__: sheets.append(columns))
+    script = setsim if flags else resim
+    trunk = checkpoint(path, script, flags or "--preset official").query.trunk
     figures.main(["attention", str(path), str(photos), "--count", "3", "--size", "128"])
     for name, whole, shown in zip(("0000.png", "0004.png"), *sheets[0], strict=True):
-        image = TF.resize(harness.images.read_image(photos / name), 128)  # 192 x 128
+        image = TF.resize(images.read_image(photos / name), 128)  # 192 x 128
         with torch.no_grad():
             z = trunk(common.normalise(TF.pil_to_tensor(image)[None]))[-1][0].numpy()  # (C, H, W)
         A = (z**2).mean(0) if script is setsim and "official" in flags else abs(z).sum(0)
@@ -174,7 +154,7 @@ def test_attention_is_drawn_in_its_colours_and_its_set_is_framed(tmp_path, photo
         shown, grey = np.asarray(shown), np.asarray(image.convert("L"))
         centres = 0.4 * grey[16::32, 16::32] + 0.6 * 255 * A  # of cells, in red
         assert np.allclose(shown[16::32, 16::32, 0], centres, atol=2) and np.array_equal(whole, image)
-        framed = (shown[1::32, 16::32] == harness.look.ORANGE).all(2)
+        framed = (shown[1::32, 16::32] == look.ORANGE).all(2)
         assert np.array_equal(framed, A >= lowest) and 0 < framed.sum() < A.size
 
 
@@ -192,21 +172,21 @@ def test_predictions_of_runs_stand_side_by_side(tmp_path):
             assert np.array_equal(sheet[16 + 96 * row :][:h, x : x + w], wanted)
 
 
-BAD = {
-    "curves nowhere": "nowhere/log.jsonl: no such file, or nothing logged yet: give the --output-dir of a run",
-    "ap odd": "no AP over IoU thresholds of one kind",
-    "attention random odd": "IMAGES odd: none of the images that were tried can be read",
-    "predictions odd odd": "first run the script of each RUN with --predict DIR",
-    "curves odd --names a b": "--names: 2 names for 1 runs",
-    "curves odd --out x.pdf": "--out x.pdf: the name has to end in .png",
-}
-
-
-@pytest.mark.parametrize("words", BAD)
-def test_bad_input_is_named(words, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "odd" / "results.jsonl", [[1], {"protocol": "p", "box": 3}])
     (tmp_path / "odd" / "0.png").write_bytes(b"no image")
-    with pytest.raises((UserError, SystemExit)) as error:
-        figures.main(words.split())
-    assert BAD[words] in str(error.value) + capsys.readouterr().err and not [*tmp_path.glob("*.png")]
+    for name, protocols in (("one", "A"), ("two", "AB")):
+        results(tmp_path / name, np.ones((len(protocols), 10)), protocols)
+    for words, named in {
+        "curves nowhere": "nowhere/log.jsonl: no such file, or nothing logged yet: give the --output-dir of a run",
+        "ap odd": "no AP over IoU thresholds of one kind",
+        "ap one two": "the runs have different protocols, not comparable: A; B",
+        "ap two": "not comparable: A; B",
+        "attention random odd": "IMAGES odd: none of the images that were tried can be read",
+        "predictions odd odd": "first run the script of each RUN with --predict DIR",
+        "curves odd --names a b": "--names: 2 names for 1 runs",
+    }.items():
+        with pytest.raises((UserError, SystemExit)) as error:
+            figures.main(words.split())
+        assert named in str(error.value) + capsys.readouterr().err and not [*tmp_path.glob("*.png")], words
