@@ -7,21 +7,21 @@ et al., NeurIPS 2021): if all three rules hold; if that leaves none, by the rati
 
 DEVIATION: D1. The search is OpenCV's instead of SoCo's, which lists many boxes twice; `single` has the settings of
 SoCo's segmentation. Where a fifth of the image's short side is under 32 pixels, it takes their place, or thumbnails
-would keep next to nothing. An image longer than 640 pixels, the longest side in COCO, is searched at 640, and its boxes
-are rounded outwards.
+would keep next to nothing. An image longer than 640 pixels, the longest side in COCO, is searched at 640.
 
 The folder of N images, made by tools/proposals.py; np.load(FILE, mmap_mode="r") opens an array:
     boxes.npy    int32 (rows, 4)  x0, y0, x1, y1: whole pixels after EXIF rotation, right and bottom edges exclusive
     offsets.npy  int64 (N + 1,)   boxes of image i: rows offsets[i] to offsets[i + 1], sorted, none twice
     sizes.npy    int32 (N, 2)     width and height, (0, 0) where unreadable
     rules.npy    uint8 (N,)       what kept the boxes, a position in RULES
-    names.txt                     a line for each image: its relative path, as bytes, with a zero for each line break
+    names.npy    bytes (N,)       relative paths
     meta.json                     what the boxes depend on; written last, so a folder with it is complete
-Until then part-001000.npz holds the images from number 1000 on, and so forth. The arrays are the same bytes for any
-number of workers and interruptions (on the same kind of processor, with the same versions).
+Until then part-001000.npz holds the images from number 1000 on, and so forth. The bytes are the same for any number of
+workers and interruptions (on the same kind of processor, with the same versions).
 """
 
 import io
+import itertools
 import json
 import os
 import sys
@@ -45,6 +45,7 @@ LONGEST = 640
 FILTER = f"side {SIDE} or 1/{SHARE}, ratio {RATIO}, size 0.{SMALLEST} to 0.{LARGEST}, searched at {LONGEST}"
 RULES = ("all three rules", "the ratio alone", "the side alone", "no box left", "unreadable")
 NOTHING, UNREADABLE = 3, 4
+PART = 1000  # images that are saved together until the search is complete
 
 # ==== Boxes of one image ==============================================================================================
 
@@ -110,28 +111,27 @@ def keep(boxes, W, H):
 class Proposals:
     """The boxes of a data set, read from its folder: self[index] is (n, 4) int32, index as in `images.open_images`.
 
-    boxes, offsets, sizes, rules: the arrays, in memory that all processes share. meta: the content of meta.json.
+    boxes, offsets, sizes, rules, names: the arrays, in memory that all processes share. meta: content of meta.json.
     Errors: UserError, no such folder, not finished, or a file in it is missing or cut off.
     """
 
     def __init__(self, folder):
-        self.folder, name = Path(folder), "meta.json"
+        self.folder = Path(folder)
+        path = self.folder / "meta.json"
         try:
-            self.meta = json.loads((self.folder / name).read_bytes())
-            N, rows, size = (self.meta[key] for key in ("images", "boxes", "bytes of names"))
-            shapes = {"boxes.npy": (rows, 4), "offsets.npy": (N + 1,), "sizes.npy": (N, 2), "rules.npy": (N,)}
+            self.meta = json.loads(path.read_bytes())
+            N, rows = self.meta["images"], self.meta["boxes"]
+            shapes = {"boxes": (rows, 4), "offsets": (N + 1,), "sizes": (N, 2), "rules": (N,), "names": (N,)}
             for name, shape in shapes.items():
-                array = np.load(self.folder / name, mmap_mode="r")
+                path = self.folder / f"{name}.npy"
+                array = np.load(path, mmap_mode="r")
                 if array.shape != shape:
                     raise ValueError(f"shape {array.shape} instead of {shape}")
-                setattr(self, name.removesuffix(".npy"), array)
-            name = "names.txt"
-            if (self.folder / name).stat().st_size != size:
-                raise ValueError(f"not {size} bytes")
+                setattr(self, name, array)
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
             remedy = "python -m tools.proposals (a damaged folder, a file of an earlier version: delete it first)"
-            raise UserError(f"{self.folder / name}: {reason}: make it with {remedy}") from None
+            raise UserError(f"{path}: {reason}: make it with {remedy}") from None
 
     def __reduce__(self):  # workers that are not forked open the arrays instead of copying them
         return Proposals, (self.folder,)
@@ -152,13 +152,13 @@ class Proposals:
         rows, remedy = np.arange(len(images)), "make proposals of these with python -m tools.proposals"
         own, wanted = self.meta["fingerprint"], images.fingerprint()
         if own != wanted:
-            lines = [] if isinstance(images, data.Scenes) else (self.folder / "names.txt").read_bytes().split(b"\n")
-            places = {line: i for i, line in enumerate(lines)}
-            rows = np.array([places.get(line_of(images.name(i)), -1) for i in range(len(images))])
+            names = [] if isinstance(images, data.Scenes) else self.names.tolist()
+            places = {name: i for i, name in enumerate(names)}
+            rows = np.array([places.get(name, -1) for name in paths(images)])
             missing = np.flatnonzero(rows < 0)
             if len(missing):
-                lacking = f"{len(missing)} of {wanted}, the first is {images.name(missing[0])}"
-                raise UserError(f"{self.folder}: made for {own}; lacks {lacking}: {remedy}")
+                lacks = f"{len(missing)} of {wanted}, the first is {images.name(missing[0])}"
+                raise UserError(f"{self.folder}: made for {own}; lacks {lacks}: {remedy}")
         for index in np.unique(np.linspace(0, len(images) - 1, 8).astype(int)):
             image, passed = images[index]
             size = tuple(self.sizes[rows[index]].tolist())
@@ -168,16 +168,9 @@ class Proposals:
         return rows
 
 
-def line_of(name):
-    """The line of a path in names.txt. No path has a zero byte, so it can stand for a line break."""
-    return os.fsencode(name).replace(b"\n", b"\0")
-
-
-def refuse_differences(folder, old, new):
-    """Raise a UserError that names every setting in which `old` differs from `new`; return if none does."""
-    changed = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if old.get(name) != new[name]]
-    if changed:
-        raise UserError(f"{folder}: made with other settings ({'; '.join(changed)}): delete it or give another folder")
+def paths(images):
+    """The relative path of each image, as bytes: not every name of a file is text."""
+    return [os.fsencode(images.name(i)) for i in range(len(images))]
 
 
 # ==== All images ======================================================================================================
@@ -197,6 +190,28 @@ class Search(torch.utils.data.Dataset):
         return boxes.astype(np.int32), image.size, rule
 
 
+def search_from(first, images, strategy, workers, stop):
+    """Yield what Search finds in images `first`, `first` + 1, ... until the end or a signal. Name unreadable ones."""
+    loader = torch.utils.data.DataLoader(
+        Search(images, strategy),
+        batch_size=None,
+        sampler=range(first, len(images)),
+        collate_fn=tuple,  # arrays stay arrays: each tensor of a worker would hold an open file
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,  # results come in order: while one is slow, the others go ahead
+        worker_init_fn=data.detach_worker,
+    )
+    for index, found in enumerate(pictures.progress(loader, len(images), first), first):
+        if found[2] == UNREADABLE:
+            name = images.name(index)
+            if not os.path.lexists(os.path.join(images.root, name)):
+                raise UserError(f"{name} is gone from {images.root}: bring it back, run the same command again")
+            print(f"unreadable image, stored without boxes: {name!r}", flush=True)  # not all names can be printed
+        yield found
+        if stop():
+            return
+
+
 def save(path, function, *args, **arrays):
     """np.save or np.savez, atomically."""
     buffer = io.BytesIO()
@@ -204,83 +219,58 @@ def save(path, function, *args, **arrays):
     weights.write_atomically(path, [buffer.getbuffer()])
 
 
-def save_part(folder, first, found, settings):
-    """Save what Search found in images `first`, first + 1, ... Returns: the number of the next image."""
-    boxes, sizes, rules = zip(*found, strict=True)
-    arrays = {"boxes": np.concatenate(boxes), "counts": [len(b) for b in boxes]}
-    arrays |= {"sizes": np.array(sizes, np.int32), "rules": np.array(rules, np.uint8)}
-    save(folder / f"part-{first:06}.npz", np.savez, settings=json.dumps(settings), **arrays)
-    return first + len(found)
+def refuse_differences(folder, old, new):
+    """Raise a UserError that names every setting in which `old` differs from `new`; return if none does."""
+    changed = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if old.get(name) != new[name]]
+    if changed:
+        raise UserError(f"{folder}: made with other settings ({'; '.join(changed)}): delete it or give another folder")
 
 
 def saved_parts(folder, settings):
-    """What an unfinished search has saved: [{name: array}], and of how many images. Errors: UserError, other settings."""
+    """What an unfinished search has saved: [{name: array}]. Errors: UserError, with other settings."""
     parts, done = [], 0
     while True:
         try:
             with np.load(folder / f"part-{done:06}.npz") as file:
                 part = dict(file)
             old = json.loads(str(part["settings"]))
-        except Exception:  # there is no such part, or it is damaged and its images are searched again
-            return parts, done
+        except Exception:  # there is no such part, or it cannot be read and its images are searched again
+            return parts
         refuse_differences(folder, old, settings)
         parts.append(part)
         done += len(part["rules"])
 
 
-def search_rest(images, folder, settings, workers, stop, part):
-    """Search the images that no part has, until the end or a signal. Name unreadable ones. Returns: images done.
-
-    Errors: UserError, an image of the list is gone, no space. What was found before any error is saved.
-    """
-    (_, done), found = saved_parts(folder, settings), []
+def search_all(images, folder, settings, workers, stop):
+    """Search the images that no part has, part by part, then join the parts. After a signal the parts remain."""
+    parts = saved_parts(folder, settings)
+    done = sum(len(part["rules"]) for part in parts)
     print(f"proposals: {settings['fingerprint']}; {settings['strategy']}; {done} done; {workers} workers", flush=True)
-    loader = torch.utils.data.DataLoader(
-        Search(images, settings["strategy"]),
-        batch_size=None,
-        sampler=range(done, len(images)),
-        collate_fn=tuple,  # arrays stay arrays: each tensor of a worker would hold an open file
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,  # results come in order: while one is slow, the others go ahead
-        worker_init_fn=data.detach_worker,
-    )
-    try:
-        for boxes, size, rule in pictures.progress(loader, len(images), done):
-            name = images.name(done + len(found))
-            if rule == UNREADABLE:
-                if not os.path.lexists(os.path.join(images.root, name)):
-                    raise UserError(f"{name} is gone from {images.root}: bring it back, run the same command again")
-                print(f"unreadable image, stored without boxes: {name!r}", flush=True)  # not all names can be printed
-            found.append((boxes, size, rule))
-            if len(found) == part:
-                done, found = save_part(folder, done, found, settings), []
-            if stop():
-                break
-    finally:
-        if found:
-            done = save_part(folder, done, found, settings)
-    return done
-
-
-def finish(images, folder, settings):
-    """Make the finished files from the parts."""
-    parts, _ = saved_parts(folder, settings)
+    results = search_from(done, images, settings["strategy"], workers, stop)
+    while found := list(itertools.islice(results, PART)):
+        boxes, sizes, rules = zip(*found, strict=True)
+        part = {"boxes": np.concatenate(boxes), "counts": [len(b) for b in boxes]}
+        part |= {"sizes": np.array(sizes, np.int32), "rules": np.array(rules, np.uint8)}
+        save(folder / f"part-{done:06}.npz", np.savez, settings=json.dumps(settings), **part)
+        parts.append(part)
+        done += len(found)
+    if done < len(images):
+        return
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in ("boxes", "sizes", "rules")}
     arrays["offsets"] = np.cumsum(np.concatenate([[0], *(part["counts"] for part in parts)]))
+    arrays["names"] = np.array(paths(images))
     for name, array in arrays.items():
         save(folder / f"{name}.npy", np.save, array)
-    names = b"".join(line_of(images.name(i)) + b"\n" for i in range(len(images)))
-    weights.write_atomically(folder / "names.txt", [names])
-    meta = settings | {"images": len(images), "boxes": len(arrays["boxes"]), "bytes of names": len(names)}
+    meta = settings | {"images": len(images), "boxes": len(arrays["boxes"])}
     weights.write_atomically(folder / "meta.json", [json.dumps(meta, indent=1).encode()])
 
 
-def make(images, folder, strategy="single", workers=0, stop=lambda: False, part=1000):
+def make(images, folder, strategy="single", workers=0, stop=lambda: False):
     """Make a folder of proposals, or what is left of it. Returns Proposals, or None after a signal.
 
     images: what `images.open_images` returned. strategy: one of STRATEGIES. workers: processes that search, 0 for this
-    one. stop: function; true: stop after this image. part: images that are saved together.
-    Errors: UserError, no OpenCV; other images, settings or files there; no permission, no space; see `search_rest`.
+    one. stop: function; true: stop after this image.
+    Errors: UserError, no OpenCV; other settings or files there; an image is gone; no permission, no space.
     """
     folder = Path(folder)
     settings = {"fingerprint": images.fingerprint(), "strategy": strategy, "filter": FILTER}
@@ -294,10 +284,9 @@ def make(images, folder, strategy="single", workers=0, stop=lambda: False, part=
             raise UserError(f"{folder}: {error.strerror}: {remedy}") from None
         if names and not any(name.startswith("part-") for name in names):
             raise UserError(f"{folder}: holds other files ({names[0]}): give a new folder")
-        unfinished = settings | {"versions": versions}
-        if search_rest(images, folder, unfinished, workers, stop, part) < len(images):
+        search_all(images, folder, settings | {"versions": versions}, workers, stop)
+        if not os.path.exists(folder / "meta.json"):
             return None
-        finish(images, folder, unfinished)
     proposals = Proposals(folder)
     refuse_differences(folder, proposals.meta, settings)
     for path in folder.glob("part-*"):
