@@ -10,13 +10,12 @@ import torch
 from helpers import write_images
 from matplotlib.colors import to_hex
 from PIL import Image
-from torchvision.transforms import functional as TF
 
 import common
 import resim
 import setsim
 from common import UserError
-from harness import images, look, pictures
+from harness import images, pictures
 from tools import figures
 
 
@@ -136,28 +135,6 @@ def test_matches_are_those_that_the_run_itself_draws(tmp_path, photos, kind, cap
     assert "unreadable, passed over: 0008.png (" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", ["--set 0.3 --preset official", "--set 40%", None])
-def test_attention_is_drawn_in_its_colours_and_its_set_is_framed(tmp_path, photos, flags, monkeypatch):
-    """A run of setsim.py with its own statistic and set; of another script, 0.7 and the sum of |z|."""
-    path, sheets = tmp_path / "checkpoint.pth", []
-    monkeypatch.setattr(pictures, "save_columns", lambda path, columns, *_, **__: sheets.append(columns))
-    script = setsim if flags else resim
-    trunk = checkpoint(path, script, flags or "--preset official").query.trunk
-    figures.main(["attention", str(path), str(photos), "--count", "3", "--size", "128"])
-    for name, whole, shown in zip(("0000.png", "0004.png"), *sheets[0], strict=True):
-        image = TF.resize(images.read_image(photos / name), 128)  # 192 x 128
-        with torch.no_grad():
-            z = trunk(common.normalise(TF.pil_to_tensor(image)[None]))[-1][0].numpy()  # (C, H, W)
-        A = (z**2).mean(0) if script is setsim and "official" in flags else abs(z).sum(0)
-        A = (A - A.min()) / (A.max() - A.min())
-        lowest = {"--set 40%": np.sort(A.ravel())[-int(0.4 * A.size + 0.5)], None: 0.7}.get(flags, 0.3)
-        shown, grey = np.asarray(shown), np.asarray(image.convert("L"))
-        centres = 0.4 * grey[16::32, 16::32] + 0.6 * 255 * A  # of cells, in red
-        assert np.allclose(shown[16::32, 16::32, 0], centres, atol=2) and np.array_equal(whole, image)
-        framed = (shown[1::32, 16::32] == look.ORANGE).all(2)
-        assert np.array_equal(framed, A >= lowest) and 0 < framed.sum() < A.size
-
-
 def test_predictions_of_runs_stand_side_by_side(tmp_path):
     """Those of a detector, and a segmenter's pictures, which are higher; of images that both have."""
     write_images(tmp_path / "det" / "predictions" / "sub", 3, size=(40, 48))
@@ -183,7 +160,7 @@ def test_bad_input_is_named(tmp_path, monkeypatch, capsys):
         "ap odd": "no AP over IoU thresholds of one kind",
         "ap one two": "the runs have different protocols, not comparable: A; B",
         "ap two": "not comparable: A; B",
-        "attention random odd": "IMAGES odd: none of the images that were tried can be read",
+        "matches random odd": "IMAGES odd: none of the images that were tried can be read",
         "predictions odd odd": "first run the script of each RUN with --predict DIR",
         "curves odd --names a b": "--names: 2 names for 1 runs",
     }.items():

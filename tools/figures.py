@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Pictures that compare runs: curves, AP over IoU thresholds, what a network attends to, predictions side by side.
+"""Pictures of runs: curves, AP over IoU thresholds, what a network attends to, predictions side by side.
 
     python -m tools.figures curves runs/setsim runs/resim --out curves.png          losses and health, a panel each
     python -m tools.figures ap runs/det_moco runs/det_resim --names MoCo-v2 ReSim   PAPER: ReSim Figure 4
     python -m tools.figures matches runs/setsim/checkpoint.pth photos               PAPER: SetSim Figure 3
     python -m tools.figures matches runs/resim/checkpoint.pth photos                PAPER: ReSim Figures 2 and 3
-    python -m tools.figures attention runs/resim/resnet50.pth photos                whole images, any backbone
     python -m tools.figures predictions runs/det_moco runs/det_setsim               PAPER: SetSim Figures 4 to 9
 
 A RUN is the --output-dir of a script. Networks are in evaluation mode: what is drawn of an image does not depend on the
@@ -18,8 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
-from torchvision.transforms import functional as TF
 
 import common
 import harness.run
@@ -38,11 +35,11 @@ def get_args(argv=None):
     # fmt: off
     for name, draw in DRAWN.items():
         flag = commands.add_parser(name, help=draw.__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
-        if name in ("matches", "attention"):
+        if name == "matches":
             flag("checkpoint", metavar="CHECKPOINT", help="any file with a ResNet in it, 'imagenet' or 'random'")
             flag("images", metavar="IMAGES", help="folder of images, searched recursively")
             flag("--arch", default="resnet50", choices=common.ARCHS, help="the ResNet in CHECKPOINT, if it does not say so itself")
-            flag("--size", type=number(int, 32), help="pixels: side of a crop, short side of a whole image; default: CHECKPOINT's own, else 224")
+            flag("--size", type=number(int, 32), help="side of a crop in pixels; default: CHECKPOINT's own, else 224")
             flag("--seed", default=0, type=number(int, 0), help="of the crops, and of random weights")
         else:
             flag("runs", nargs="+", metavar="RUN", help="output folder of a run")
@@ -207,28 +204,6 @@ def draw_matches(args):
     method.draw(args.out, *(torch.stack(x).to(device) for x in zip(*views, strict=True)))
 
 
-@torch.no_grad()
-def draw_attention(args):
-    """whole images beside their attention on C5 (SetSim's Eq. 3) and its set (Eq. 4)
-
-    A run of setsim.py is drawn with its own statistic and set, others with the paper's.
-    """
-    (script, method, settings, device), whole, drawn = load(args), [], []
-    square, rule = (settings.preset == "official", settings.set) if script is setsim else (False, "0.7")
-    for image in read_images(args).values():
-        image = TF.resize(image, settings.size)  # short side
-        z = method.query.trunk(common.normalise(TF.pil_to_tensor(image)[None].to(device)))[-1]  # (1, C, H, W)
-        A = setsim.attention_map(z.flatten(2), square)  # (1, S)
-        (H, W), chosen = z.shape[2:], setsim.select(A, rule)
-        shown = Image.blend(look.grey(image), look.heat(A.view(H, W), image.size), 0.6)
-        cell = np.array([image.width / W, image.height / H])
-        for i, j in chosen.view(H, W).nonzero().tolist():
-            corners = (*(cell * (j, i)).round(), *(cell * (j + 1, i + 1)).round() - 1)
-            ImageDraw.Draw(shown).rectangle(corners, outline=look.ORANGE, width=2)
-        whole, drawn = [*whole, image], [*drawn, shown]
-    pictures.save_columns(args.out, [whole, drawn], ["image", f"attention; framed: {rule}"], gap=6)
-
-
 def draw_predictions(args):
     """what --predict of transfer_det.py or transfer_seg.py drew for several runs, side by side"""
     folders = [os.path.join(run, "predictions") for run in args.runs]  # of a detector; of a segmenter pictures/ in it
@@ -244,7 +219,7 @@ def draw_predictions(args):
     pictures.save_columns(args.out, columns, args.names, gap=6)
 
 
-FIGURES = draw_curves, draw_ap, draw_matches, draw_attention, draw_predictions
+FIGURES = draw_curves, draw_ap, draw_matches, draw_predictions
 DRAWN = {draw.__name__.removeprefix("draw_"): draw for draw in FIGURES}
 
 
