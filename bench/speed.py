@@ -50,9 +50,6 @@ def compare(title, candidates, repeat):
             print(f"{title}, {name}: {what} {texts[0]}, ratio {texts[1]}, n {repeat}", flush=True)
 
 
-# ==== The set loss ====================================================================================================
-
-
 def dense_set_loss(p_q, p_k, positives, queue, temperature):
     """Eq. 8 as it is written: all B x S x K logits at once, masks for the rows without positives."""
     logits = torch.einsum("bid,bjd->bij", p_q, p_k) / temperature
@@ -89,8 +86,6 @@ def set_loss(args):
 
     compare("set loss", {which: lambda which=which: run(which) for which in LOSSES}, args.repeat)
 
-
-# ==== An iteration ====================================================================================================
 
 VARIANTS = {  # name: script, flags; each against the first
     "setsim": {
@@ -167,9 +162,6 @@ def regions(args):
         "normalise": lambda: [common.normalise(view) for view in views],  # that much any method does
     }
     compare(f"batch {batch}, {args.arch}, {size} pixels, fp32", candidates, args.repeat)
-
-
-# ==== Pooling =========================================================================================================
 
 
 def prroi(args):

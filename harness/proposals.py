@@ -16,15 +16,16 @@ The folder of N images, made by tools/proposals.py; np.load(FILE, mmap_mode="r")
     rules.npy    uint8 (N,)       what kept the boxes, a position in RULES
     names.npy    bytes (N,)       relative paths
     meta.json                     what the boxes depend on; written last, so a folder with it is complete
-Until then part-001000.npz holds the images from number 1000 on, and so forth. The bytes are the same for any number of
+Until then part-001000.pth holds the images from number 1000 on, and so forth. The bytes are the same for any number of
 workers and interruptions (on the same kind of processor, with the same versions).
 """
 
+import contextlib
+import functools
 import io
 import itertools
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +46,13 @@ LONGEST = 640
 FILTER = f"side {SIDE} or 1/{SHARE}, ratio {RATIO}, size 0.{SMALLEST} to 0.{LARGEST}, searched at {LONGEST}"
 RULES = ("all three rules", "the ratio alone", "the side alone", "no box left", "unreadable")
 NOTHING, UNREADABLE = 3, 4
-PART = 1000  # images that are saved together until the search is complete
+PART = 1000  # images that are saved together until all are searched
 
 # ==== Boxes of one image ==============================================================================================
 
 
 def opencv():
-    """The cv2 module with selective search in it, set to one thread: its own would not survive the fork of a worker.
+    """The cv2 module, set to one thread: its own would not survive the fork of a worker.
 
     Errors: UserError, OpenCV is not there, or without its contributed modules.
     """
@@ -105,14 +106,109 @@ def keep(boxes, W, H):
     return boxes[:0], NOTHING
 
 
-# ==== The folder ======================================================================================================
+# ==== All images ======================================================================================================
+
+
+def boxes_of(item, strategy):
+    """What `images[index]` returned -> boxes (n, 4) int32, (width, height), rule. This is a worker's job."""
+    image, passed = item
+    if passed:
+        return np.zeros((0, 4), np.int32), (0, 0), UNREADABLE
+    boxes, rule = keep(search(image, strategy), *image.size)
+    return boxes.astype(np.int32), image.size, rule
+
+
+def search_from(first, images, strategy, workers, stop):
+    """Yield `boxes_of` images `first`, `first` + 1, ..., the boxes as a tensor, until the end or a signal."""
+    loader = torch.utils.data.DataLoader(
+        images,
+        batch_size=None,
+        sampler=range(first, len(images)),
+        collate_fn=functools.partial(boxes_of, strategy=strategy),  # no tensors: each would hold an open file
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,  # results come in order: while one is slow, the others go ahead
+        worker_init_fn=data.detach_worker,
+    )
+    for index, (boxes, size, rule) in enumerate(pictures.progress(loader, len(images), first), first):
+        if rule == UNREADABLE:
+            name = images.name(index)
+            if not os.path.lexists(os.path.join(images.root, name)):
+                raise UserError(f"{name} is gone from {images.root}: bring it back, run the same command again")
+            print(f"unreadable image, stored without boxes: {name!r}", flush=True)  # not all names can be printed
+        yield torch.from_numpy(boxes), size, rule
+        if stop():
+            return
+
+
+def refuse_differences(folder, old, new):
+    """Raise a UserError that names every setting in which `old` differs from `new`; return if none does."""
+    changed = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if old.get(name) != new[name]]
+    if changed:
+        raise UserError(f"{folder}: made with other settings ({'; '.join(changed)}): delete it or give another folder")
+
+
+def search_all(images, folder, settings, workers, stop):
+    """Search the images that no part holds, then write the finished files. Returns False after a signal."""
+    found, old = [], settings
+    with contextlib.suppress(UserError):  # of the first part that is not there or cannot be read
+        while True:
+            old, part = weights.load_checkpoint_file(folder / f"part-{len(found):06}.pth")
+            found += part
+    refuse_differences(folder, old, settings)
+    strategy, count = settings["strategy"], len(images)
+    print(f"proposals: {settings['fingerprint']}; {strategy}; {len(found)} done; {workers} workers", flush=True)
+    results = search_from(len(found), images, strategy, workers, stop)
+    while part := list(itertools.islice(results, PART)):
+        weights.save_atomically((settings, part), folder / f"part-{len(found):06}.pth")
+        found += part
+    if len(found) < count:
+        return False
+    boxes, sizes, rules = zip(*found, strict=True)
+    arrays = {"boxes": torch.cat(boxes).numpy(), "offsets": np.cumsum([0, *map(len, boxes)])}
+    arrays |= {"sizes": np.array(sizes, np.int32), "rules": np.array(rules, np.uint8)}
+    arrays["names"] = np.array([os.fsencode(images.name(i)) for i in range(count)])
+    for name, array in arrays.items():
+        np.save(buffer := io.BytesIO(), array)
+        weights.write_atomically(folder / f"{name}.npy", [buffer.getbuffer()])
+    meta = settings | {"images": count, "boxes": len(arrays["boxes"])}
+    weights.write_atomically(folder / "meta.json", [json.dumps(meta, indent=1).encode()])
+    return True
+
+
+def make(images, folder, strategy="single", workers=0, stop=lambda: False):
+    """Make a folder of proposals, or what is left of it. Returns Proposals, or None after a signal.
+
+    images: what `images.open_images` returned. strategy: one of STRATEGIES. workers: processes that search, 0 for this
+    one. stop: function; true: stop after this image.
+    Errors: UserError, no OpenCV; other settings or files there; an image is gone; no permission, no space.
+    """
+    folder = Path(folder)
+    settings = {"fingerprint": images.fingerprint(), "strategy": strategy, "filter": FILTER}
+    if not os.path.exists(folder / "meta.json"):
+        versions = f"opencv {opencv().__version__}, pillow {PIL.__version__}, numpy {np.__version__}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror}: give a new folder") from None
+        if any(folder.iterdir()) and not any(folder.glob("part-*")):
+            raise UserError(f"{folder}: holds other files: give a new folder")
+        if not search_all(images, folder, settings | {"versions": versions}, workers, stop):
+            return None
+    proposals = Proposals(folder)
+    refuse_differences(folder, proposals.meta, settings)
+    for path in folder.glob("part-*"):
+        path.unlink()
+    return proposals
+
+
+# ==== The finished folder, and images with their proposals ============================================================
 
 
 class Proposals:
     """The boxes of a data set, read from its folder: self[index] is (n, 4) int32, index as in `images.open_images`.
 
     boxes, offsets, sizes, rules, names: the arrays, in memory that all processes share. meta: content of meta.json.
-    Errors: UserError, no such folder, not finished, or a file in it is missing or cut off.
+    Errors: UserError, the folder is not there or not finished, or a file in it is missing or damaged.
     """
 
     def __init__(self, folder):
@@ -124,10 +220,9 @@ class Proposals:
             shapes = {"boxes": (rows, 4), "offsets": (N + 1,), "sizes": (N, 2), "rules": (N,), "names": (N,)}
             for name, shape in shapes.items():
                 path = self.folder / f"{name}.npy"
-                array = np.load(path, mmap_mode="r")
-                if array.shape != shape:
+                setattr(self, name, np.load(path, mmap_mode="r"))
+                if getattr(self, name).shape != shape:
                     raise ValueError(f"shape {array.shape} instead of {shape}")
-                setattr(self, name, array)
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
             remedy = "python -m tools.proposals (a damaged folder, a file of an earlier version: delete it first)"
@@ -154,7 +249,7 @@ class Proposals:
         if own != wanted:
             names = [] if isinstance(images, data.Scenes) else self.names.tolist()
             places = {name: i for i, name in enumerate(names)}
-            rows = np.array([places.get(name, -1) for name in paths(images)])
+            rows = np.array([places.get(os.fsencode(images.name(i)), -1) for i in rows])
             missing = np.flatnonzero(rows < 0)
             if len(missing):
                 lacks = f"{len(missing)} of {wanted}, the first is {images.name(missing[0])}"
@@ -166,135 +261,6 @@ class Proposals:
                 other = f"{images.name(index)} has {size} pixels there, {image.size} here"
                 raise UserError(f"{self.folder}: made for other pictures, {other}: {remedy}")
         return rows
-
-
-def paths(images):
-    """The relative path of each image, as bytes: not every name of a file is text."""
-    return [os.fsencode(images.name(i)) for i in range(len(images))]
-
-
-# ==== All images ======================================================================================================
-
-
-class Search(torch.utils.data.Dataset):
-    """What the workers do: the boxes, (width, height) and rule of an image."""
-
-    def __init__(self, images, strategy):
-        self.images, self.strategy = images, strategy
-
-    def __getitem__(self, index):
-        image, passed = self.images[index]
-        if passed:
-            return np.zeros((0, 4), np.int32), (0, 0), UNREADABLE
-        boxes, rule = keep(search(image, self.strategy), *image.size)
-        return boxes.astype(np.int32), image.size, rule
-
-
-def search_from(first, images, strategy, workers, stop):
-    """Yield what Search finds in images `first`, `first` + 1, ... until the end or a signal. Name unreadable ones."""
-    loader = torch.utils.data.DataLoader(
-        Search(images, strategy),
-        batch_size=None,
-        sampler=range(first, len(images)),
-        collate_fn=tuple,  # arrays stay arrays: each tensor of a worker would hold an open file
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,  # results come in order: while one is slow, the others go ahead
-        worker_init_fn=data.detach_worker,
-    )
-    for index, found in enumerate(pictures.progress(loader, len(images), first), first):
-        if found[2] == UNREADABLE:
-            name = images.name(index)
-            if not os.path.lexists(os.path.join(images.root, name)):
-                raise UserError(f"{name} is gone from {images.root}: bring it back, run the same command again")
-            print(f"unreadable image, stored without boxes: {name!r}", flush=True)  # not all names can be printed
-        yield found
-        if stop():
-            return
-
-
-def save(path, function, *args, **arrays):
-    """np.save or np.savez, atomically."""
-    buffer = io.BytesIO()
-    function(buffer, *args, **arrays)
-    weights.write_atomically(path, [buffer.getbuffer()])
-
-
-def refuse_differences(folder, old, new):
-    """Raise a UserError that names every setting in which `old` differs from `new`; return if none does."""
-    changed = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if old.get(name) != new[name]]
-    if changed:
-        raise UserError(f"{folder}: made with other settings ({'; '.join(changed)}): delete it or give another folder")
-
-
-def saved_parts(folder, settings):
-    """What an unfinished search has saved: [{name: array}]. Errors: UserError, with other settings."""
-    parts, done = [], 0
-    while True:
-        try:
-            with np.load(folder / f"part-{done:06}.npz") as file:
-                part = dict(file)
-            old = json.loads(str(part["settings"]))
-        except Exception:  # there is no such part, or it cannot be read and its images are searched again
-            return parts
-        refuse_differences(folder, old, settings)
-        parts.append(part)
-        done += len(part["rules"])
-
-
-def search_all(images, folder, settings, workers, stop):
-    """Search the images that no part has, part by part, then join the parts. After a signal the parts remain."""
-    parts = saved_parts(folder, settings)
-    done = sum(len(part["rules"]) for part in parts)
-    print(f"proposals: {settings['fingerprint']}; {settings['strategy']}; {done} done; {workers} workers", flush=True)
-    results = search_from(done, images, settings["strategy"], workers, stop)
-    while found := list(itertools.islice(results, PART)):
-        boxes, sizes, rules = zip(*found, strict=True)
-        part = {"boxes": np.concatenate(boxes), "counts": [len(b) for b in boxes]}
-        part |= {"sizes": np.array(sizes, np.int32), "rules": np.array(rules, np.uint8)}
-        save(folder / f"part-{done:06}.npz", np.savez, settings=json.dumps(settings), **part)
-        parts.append(part)
-        done += len(found)
-    if done < len(images):
-        return
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in ("boxes", "sizes", "rules")}
-    arrays["offsets"] = np.cumsum(np.concatenate([[0], *(part["counts"] for part in parts)]))
-    arrays["names"] = np.array(paths(images))
-    for name, array in arrays.items():
-        save(folder / f"{name}.npy", np.save, array)
-    meta = settings | {"images": len(images), "boxes": len(arrays["boxes"])}
-    weights.write_atomically(folder / "meta.json", [json.dumps(meta, indent=1).encode()])
-
-
-def make(images, folder, strategy="single", workers=0, stop=lambda: False):
-    """Make a folder of proposals, or what is left of it. Returns Proposals, or None after a signal.
-
-    images: what `images.open_images` returned. strategy: one of STRATEGIES. workers: processes that search, 0 for this
-    one. stop: function; true: stop after this image.
-    Errors: UserError, no OpenCV; other settings or files there; an image is gone; no permission, no space.
-    """
-    folder = Path(folder)
-    settings = {"fingerprint": images.fingerprint(), "strategy": strategy, "filter": FILTER}
-    if not os.path.exists(folder / "meta.json"):
-        versions = f"opencv {opencv().__version__}, pillow {PIL.__version__}, numpy {np.__version__}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            names = os.listdir(folder)
-        except OSError as error:
-            remedy = "give a folder that can be written (a file of an earlier version: delete it first)"
-            raise UserError(f"{folder}: {error.strerror}: {remedy}") from None
-        if names and not any(name.startswith("part-") for name in names):
-            raise UserError(f"{folder}: holds other files ({names[0]}): give a new folder")
-        search_all(images, folder, settings | {"versions": versions}, workers, stop)
-        if not os.path.exists(folder / "meta.json"):
-            return None
-    proposals = Proposals(folder)
-    refuse_differences(folder, proposals.meta, settings)
-    for path in folder.glob("part-*"):
-        path.unlink()
-    return proposals
-
-
-# ==== Images with their proposals =====================================================================================
 
 
 class WithProposals:
@@ -329,13 +295,12 @@ class WithProposals:
 
 
 def attach(run, folder):
-    """The images of a Run with their proposals. Those of built-in scenes are made first if `folder` is None. A signal
-    then ends the process, and the same command continues."""
+    """The images of a Run with their proposals. Those of built-in scenes are made first if `folder` is None."""
     if folder is None:
         images = run.images
         folder = run.path(f"scenes-{images.count}-{images.size}-{images.seed}.proposals")
         made = run.rank > 0 or make(images, folder, workers=run.args.workers, stop=lambda: run.signalled)
         if sum(agree(int(not made))):
             print0("stopped by a signal; the same command continues")
-            sys.exit()
+            raise SystemExit
     return WithProposals(run.images, Proposals(folder))

@@ -651,3 +651,27 @@ REFUSED = {
 @pytest.mark.parametrize("flags", REFUSED)
 def test_settings_that_make_no_sense(flags, capsys):
     assert refused(capsys, d3ssl.get_args, flags).startswith(REFUSED[flags])
+
+
+def test_socos_momentum_rises_over_the_schedule_and_not_over_a_start(photos, tiny_resnet, quick, tmp_path, monkeypatch):
+    """Also: the views are augmented as the flags say, those that are measured are not."""
+    momenta, views, update, steps = [], [], common.momentum_update, Run.steps
+    monkeypatch.setattr(common, "momentum_update", lambda key, query, m: momenta.append(m) or update(key, query, m))
+    monkeypatch.setattr(Run, "steps", lambda run, *a: views.extend(a) or steps(run, *a))
+    monkeypatch.setattr(Run, "measure", lambda *_: None)
+    flags = f"--data {photos}/images --proposals {photos}/boxes --arch resnet18 --batch-size 6 --epochs 3 --workers 0"
+    flags += f" --framework soco --size 96 --augment prm soco-jitter --output-dir {tmp_path}"
+    for part in ("--steps 2", ""):
+        d3ssl.train(f"{flags} {part}".split())
+    rising = [1 - 0.01 * (math.cos(math.pi * step / 6) + 1) / 2 for step in range(6)]
+    assert momenta[::2] == momenta[1::2] == pytest.approx(rising)  # trunk and projector
+    item = Image.new("RGB", (90, 70)), torch.tensor([[5.0, 5, 60, 65], [20, 10, 80, 60]])
+    for function, augment in zip(views, (["prm", "soco-jitter"], []) * 2, strict=True):
+        for i in range(5):
+            got, want = views_of(function, item, i), views_of(d3ssl.draw_views, item, i, size=96, augment=augment)
+            assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+
+
+def views_of(function, item, *key, **settings):
+    with common.drawing("reach", *key):
+        return function(item, **settings)

@@ -733,3 +733,17 @@ def test_pieces_work_alone(monkeypatch):
     test_a_level_against_double_loops_with_its_in_batch_negatives("paper", 64)
     test_pyramid_against_torchvision("official")
     test_simsiam_heads_have_table_7s_dimensions("c4")
+
+
+@pytest.mark.parametrize("flags, outputs", [("", 0), ("--preset official", 2), ("--framework simsiam", 0)])
+def test_exported_pyramid_loads_into_torchvision(flags, outputs, photos, tiny_resnet, quick, tmp_path, monkeypatch):
+    """fpn.pth has nothing that a FeaturePyramidNetwork does not expect, and every tensor is the query network's."""
+    monkeypatch.setattr("harness.run.Run.measure", lambda *_: None)
+    tiny = "--arch resnet18 --size 64 --window 16 16 --batch-size 4 --workers 0 --steps 0".split()
+    resim.train([*tiny, "--data", str(photos / "images"), "--output-dir", str(tmp_path), *flags.split()])
+    exported, model = torch.load(tmp_path / "fpn.pth"), torch.load(tmp_path / "checkpoint.pth")["model"]
+    fpn = torchvision.ops.FeaturePyramidNetwork([16, 32, 64, 128], 256)
+    assert fpn.load_state_dict(exported, strict=False).unexpected_keys == []
+    trained = [f"inner_blocks.{i}.0" for i in (1, 2, 3)] + [f"layer_blocks.{i}.0" for i in (1, 2)][:outputs]
+    assert {*exported} == {f"{block}.{part}" for block in trained for part in ("weight", "bias")}
+    assert all(torch.equal(fpn.state_dict()[name], model[f"query.pyramid.{name}"]) for name in exported)

@@ -487,6 +487,13 @@ def test_precise_batch_norm_is_what_is_saved(finished, photos):
     torch.testing.assert_close(state["backbone.bn1.running_var"], seen.var(1, correction=0), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name, task, model", [("transfer_det", "coco", "Detector("), ("transfer_seg", "voc", "Segmenter(")])
+def test_settings_and_model_are_printed_without_data(name, task, model, capsys):
+    job(name)(f"--task {task} --arch resnet18 --lr 0.5 --steps 0".split())
+    text = capsys.readouterr().out
+    assert "; changed: lr 0.5\n" in text and model in text and "weight_decay" in text
+
+
 # ---- trouble, on one script each: harness/run.py handles it
 
 

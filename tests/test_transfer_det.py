@@ -797,3 +797,18 @@ def test_cityscapes_equals_its_own_scripts():
                 found[-1].append((label, round(float(rng.random()), 2), as_rle(mask)))
     ours = metrics.evaluate_cityscapes(maps, found, EIGHT)
     assert ours["AP"] == pytest.approx(12.70478, abs=1e-4) and ours["AP50"] == pytest.approx(44.98264, abs=1e-4)
+
+
+# ---- learning
+
+
+@pytest.mark.slow
+def test_four_scenes_are_learnt_by_heart(tiny_resnet, quick, tmp_path, monkeypatch):
+    train = det.SceneData(0, 4)
+    monkeypatch.setattr(det, "open_data", lambda *_: train)
+    monkeypatch.setattr(det, "outputs_of", lambda *_: ["boxes"])
+    monkeypatch.setitem(det.TASKS, "scenes", det.TASKS["scenes"] | {"rois": 16, "post_nms": 100})
+    monkeypatch.setattr(det.Run, "save", lambda *_: None)
+    flags = "--demo --amp none --iterations 60 --short-sides 96 --test-side 96 --precise-bn 10 --workers 0 --output-dir"
+    det.job([*flags.split(), str(tmp_path)])
+    assert json.loads((tmp_path / "results.jsonl").read_text())["box"]["AP50"] > 90

@@ -49,8 +49,6 @@ def get_args(argv=None):
         flag("--out", default=f"{name}.png", metavar="FILE.png", help="the picture to write")
     # fmt: on
     args = parser.parse_args(argv)
-    if not args.out.endswith(".png"):
-        parser.error(f"--out {args.out}: the name has to end in .png")
     if "runs" in args:
         args.names = args.names or args.runs
         if len(args.names) != len(args.runs):
