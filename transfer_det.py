@@ -224,8 +224,9 @@ class CityscapesData(CocoData):
     def __init__(self, root, split):
         try:
             data = torchvision.datasets.Cityscapes(root, split, target_type="instance")
-            self.maps, images = [target[0] for target in data.targets], []
-            for path, instances in zip(data.images, self.maps, strict=True):
+            pairs = sorted((path, target[0]) for path, target in zip(data.images, data.targets, strict=True))
+            self.maps, images = [instances for _, instances in pairs], []
+            for path, instances in pairs:
                 with Image.open(path) as image, Image.open(instances):
                     size = dict(zip(("width", "height"), image.size, strict=True))
                 images.append({"id": len(images) + 1, "file_name": os.path.relpath(path, root), **size})
@@ -993,6 +994,7 @@ def predict(args, model, categories, device):
         found = detect(model, at_test_size(image, args).to(device), (image.height, image.width), categories)
         results += [{"image_id": len(images), **one} for one in found]
         finetune.save_picture(draw(image, confident(found), categories), folder, f"{name}.png")
+    os.makedirs(folder, exist_ok=True)  # no image could be read
     for name, content in (("results", results), ("images", {"images": images, "categories": categories})):
         weights.write_atomically(os.path.join(folder, f"{name}.json"), [json.dumps(content).encode()])
     print0(f"{folder}: {len(images)} pictures, results.json with {len(results)} detections, images.json")

@@ -5,19 +5,19 @@ Uijlings et al., "Selective Search for Object Recognition", IJCV 2013, as OpenCV
 et al., NeurIPS 2021): if all three rules hold; if that leaves none, by the ratio alone; then by the side alone.
     side: w >= 32 and h >= 32 pixels; ratio: 1/3 <= w/h <= 3; size: 0.3 <= sqrt(w h) / sqrt(W H) <= 0.8
 
-DEVIATION: D1. The search is OpenCV's instead of SoCo's, which lists many boxes twice; `single` has the settings of
-SoCo's segmentation. Where a fifth of the image's short side is under 32 pixels, it takes their place, or thumbnails
-would keep next to nothing. An image longer than 640 pixels, the longest side in COCO, is searched at 640.
+DEVIATION: D1. SoCo's own search lists many boxes twice; `single` has the settings of its segmentation. Where a fifth of
+the image's short side is under 32 pixels, it takes their place, or thumbnails would keep next to nothing. An image
+longer than 640 pixels, the longest side in COCO, is searched at 640.
 
-The folder of N images, made by tools/proposals.py; np.load(FILE, mmap_mode="r") opens an array:
+The folder of N images, made by tools/proposals.py:
     boxes.npy    int32 (rows, 4)  x0, y0, x1, y1: whole pixels after EXIF rotation, right and bottom edges exclusive
     offsets.npy  int64 (N + 1,)   boxes of image i: rows offsets[i] to offsets[i + 1], sorted, none twice
     sizes.npy    int32 (N, 2)     width and height, (0, 0) where unreadable
     rules.npy    uint8 (N,)       what kept the boxes, a position in RULES
     names.npy    bytes (N,)       relative paths
     meta.json                     what the boxes depend on; written last, so a folder with it is complete
-Until then part-001000.pth holds the images from number 1000 on, and so forth. The bytes are the same for any number of
-workers and interruptions (on the same kind of processor, with the same versions).
+Until then part-001000.pth holds the images from number 1000 on, and so forth. The finished files are the same for any
+number of workers and interruptions (on the same kind of processor, with the same versions).
 """
 
 import contextlib
@@ -32,6 +32,7 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import common
 from common import UserError, print0
@@ -46,16 +47,11 @@ LONGEST = 640
 FILTER = f"side {SIDE} or 1/{SHARE}, ratio {RATIO}, size 0.{SMALLEST} to 0.{LARGEST}, searched at {LONGEST}"
 RULES = ("all three rules", "the ratio alone", "the side alone", "no box left", "unreadable")
 NOTHING, UNREADABLE = 3, 4
-PART = 1000  # images that are saved together until all are searched
-
-# ==== Boxes of one image ==============================================================================================
+PART = 1000  # images that are saved together
 
 
 def opencv():
-    """The cv2 module, set to one thread: its own would not survive the fork of a worker.
-
-    Errors: UserError, OpenCV is not there, or without its contributed modules.
-    """
+    """The module cv2, set to one thread: its own would not survive a fork. UserError: it has no selective search."""
     try:
         import cv2
 
@@ -68,15 +64,14 @@ def opencv():
 
 
 def search(image, strategy):
-    """All boxes that selective search finds, before any filter. OpenCV lists them in another order at each call.
+    """All boxes that selective search finds, before any filter, sorted, none twice (OpenCV's own order varies).
 
     image: PIL image, RGB, W x H. strategy: of STRATEGIES. Returns (n, 4) int64 x0, y0, x1, y1 in pixels, 0 <= x0 < x1
-    <= W, 0 <= y0 < y1 <= H; sorted, none twice.
+    <= W, 0 <= y0 < y1 <= H.
     """
-    W, H = image.size
-    small = image
-    if max(W, H) > LONGEST:  # DEVIATION: D1
-        size = [max(1, round(side * LONGEST / max(W, H))) for side in (W, H)]
+    small, longest = image, max(image.size)
+    if longest > LONGEST:  # DEVIATION: D1
+        size = [max(1, round(side * LONGEST / longest)) for side in image.size]
         small = image.resize(size, Image.Resampling.BILINEAR)
     segmentation = opencv().ximgproc.segmentation.createSelectiveSearchSegmentation()
     segmentation.setBaseImage(np.ascontiguousarray(np.asarray(small)[:, :, ::-1]))  # OpenCV's BGR
@@ -85,7 +80,7 @@ def search(image, strategy):
     else:
         segmentation.switchToSingleStrategy(SCALE, SIGMA)
     start, extent = np.asarray(segmentation.process(), np.int64).reshape(-1, 2, 2).transpose(1, 0, 2)  # (n, 2) each
-    start, end = start * (W, H) // small.size, -(-(start + extent) * (W, H) // small.size)
+    start, end = start * image.size // small.size, -(-(start + extent) * image.size // small.size)  # rounded outwards
     return np.unique(np.concatenate([start, end], 1), axis=0)
 
 
@@ -106,11 +101,8 @@ def keep(boxes, W, H):
     return boxes[:0], NOTHING
 
 
-# ==== All images ======================================================================================================
-
-
 def boxes_of(item, strategy):
-    """What `images[index]` returned -> boxes (n, 4) int32, (width, height), rule. This is a worker's job."""
+    """What `images[index]` returned -> boxes, (n, 4) int32; (width, height); rule. A worker does this."""
     image, passed = item
     if passed:
         return np.zeros((0, 4), np.int32), (0, 0), UNREADABLE
@@ -119,60 +111,19 @@ def boxes_of(item, strategy):
 
 
 def search_from(first, images, strategy, workers, stop):
-    """Yield `boxes_of` images `first`, `first` + 1, ..., the boxes as a tensor, until the end or a signal."""
-    loader = torch.utils.data.DataLoader(
-        images,
-        batch_size=None,
-        sampler=range(first, len(images)),
-        collate_fn=functools.partial(boxes_of, strategy=strategy),  # no tensors: each would hold an open file
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,  # results come in order: while one is slow, the others go ahead
-        worker_init_fn=data.detach_worker,
-    )
+    """Yield `boxes_of` the images from number `first` on, boxes as tensors, until the end or a signal."""
+    rest, job = range(first, len(images)), functools.partial(boxes_of, strategy=strategy)
+    # Results come in order: while one image is slow, each worker goes up to 4 images ahead.
+    ahead = {"prefetch_factor": 4, "worker_init_fn": data.detach_worker} if workers else {}
+    loader = DataLoader(images, None, sampler=rest, collate_fn=job, num_workers=workers, **ahead)
     for index, (boxes, size, rule) in enumerate(pictures.progress(loader, len(images), first), first):
         if rule == UNREADABLE:
-            name = images.name(index)
-            if not os.path.lexists(os.path.join(images.root, name)):
-                raise UserError(f"{name} is gone from {images.root}: bring it back, run the same command again")
-            print(f"unreadable image, stored without boxes: {name!r}", flush=True)  # not all names can be printed
+            if not os.path.lexists(os.path.join(images.root, images.name(index))):
+                raise UserError(f"{images.name(index)} is gone from {images.root}: bring it back, start again")
+            print(f"unreadable image, stored without boxes: {images.name(index)!r}", flush=True)
         yield torch.from_numpy(boxes), size, rule
         if stop():
             return
-
-
-def refuse_differences(folder, old, new):
-    """Raise a UserError that names every setting in which `old` differs from `new`; return if none does."""
-    changed = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if old.get(name) != new[name]]
-    if changed:
-        raise UserError(f"{folder}: made with other settings ({'; '.join(changed)}): delete it or give another folder")
-
-
-def search_all(images, folder, settings, workers, stop):
-    """Search the images that no part holds, then write the finished files. Returns False after a signal."""
-    found, old = [], settings
-    with contextlib.suppress(UserError):  # of the first part that is not there or cannot be read
-        while True:
-            old, part = weights.load_checkpoint_file(folder / f"part-{len(found):06}.pth")
-            found += part
-    refuse_differences(folder, old, settings)
-    strategy, count = settings["strategy"], len(images)
-    print(f"proposals: {settings['fingerprint']}; {strategy}; {len(found)} done; {workers} workers", flush=True)
-    results = search_from(len(found), images, strategy, workers, stop)
-    while part := list(itertools.islice(results, PART)):
-        weights.save_atomically((settings, part), folder / f"part-{len(found):06}.pth")
-        found += part
-    if len(found) < count:
-        return False
-    boxes, sizes, rules = zip(*found, strict=True)
-    arrays = {"boxes": torch.cat(boxes).numpy(), "offsets": np.cumsum([0, *map(len, boxes)])}
-    arrays |= {"sizes": np.array(sizes, np.int32), "rules": np.array(rules, np.uint8)}
-    arrays["names"] = np.array([os.fsencode(images.name(i)) for i in range(count)])
-    for name, array in arrays.items():
-        np.save(buffer := io.BytesIO(), array)
-        weights.write_atomically(folder / f"{name}.npy", [buffer.getbuffer()])
-    meta = settings | {"images": count, "boxes": len(arrays["boxes"])}
-    weights.write_atomically(folder / "meta.json", [json.dumps(meta, indent=1).encode()])
-    return True
 
 
 def make(images, folder, strategy="single", workers=0, stop=lambda: False):
@@ -182,26 +133,50 @@ def make(images, folder, strategy="single", workers=0, stop=lambda: False):
     one. stop: function; true: stop after this image.
     Errors: UserError, no OpenCV; other settings or files there; an image is gone; no permission, no space.
     """
-    folder = Path(folder)
+    folder, found, strategy = Path(folder), [], strategy
     settings = {"fingerprint": images.fingerprint(), "strategy": strategy, "filter": FILTER}
-    if not os.path.exists(folder / "meta.json"):
-        versions = f"opencv {opencv().__version__}, pillow {PIL.__version__}, numpy {np.__version__}"
+    finished = os.path.exists(folder / "meta.json")
+    if finished:
+        old = Proposals(folder).meta
+    else:
+        settings["versions"] = f"opencv {opencv().__version__}, pillow {PIL.__version__}, numpy {np.__version__}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror}: give a new folder") from None
         if any(folder.iterdir()) and not any(folder.glob("part-*")):
             raise UserError(f"{folder}: holds other files: give a new folder")
-        if not search_all(images, folder, settings | {"versions": versions}, workers, stop):
-            return None
-    proposals = Proposals(folder)
-    refuse_differences(folder, proposals.meta, settings)
+        old = settings
+        with contextlib.suppress(UserError):  # of the first part that is not there or cannot be read
+            while True:
+                old, part = weights.load_checkpoint_file(folder / f"part-{len(found):06}.pth")
+                found += part
+    changed = [f"{name} {old.get(name)!r} -> {new!r}" for name, new in settings.items() if old.get(name) != new]
+    if changed:
+        raise UserError(f"{folder}: made with other settings ({'; '.join(changed)}): delete it or give another folder")
+    if finished:
+        return Proposals(folder)
+
+    print(f"proposals: {settings['fingerprint']}; {strategy}; {len(found)} done; {workers} workers", flush=True)
+    results = search_from(len(found), images, strategy, workers, stop)
+    while part := list(itertools.islice(results, PART)):
+        weights.save_atomically((settings, part), folder / f"part-{len(found):06}.pth")
+        found += part
+    if len(found) < len(images):
+        return None
+
+    boxes, sizes, rules = zip(*found, strict=True)
+    arrays = {"boxes": torch.cat(boxes).numpy(), "offsets": np.cumsum([0, *map(len, boxes)])}
+    arrays |= {"sizes": np.array(sizes, np.int32), "rules": np.array(rules, np.uint8)}
+    arrays["names"] = np.array([os.fsencode(images.name(i)) for i in range(len(images))])
+    for name, array in arrays.items():
+        np.save(buffer := io.BytesIO(), array)
+        weights.write_atomically(folder / f"{name}.npy", [buffer.getbuffer()])
+    meta = settings | {name: array.shape for name, array in arrays.items()}
+    weights.write_atomically(folder / "meta.json", [json.dumps(meta, indent=1).encode()])
     for path in folder.glob("part-*"):
         path.unlink()
-    return proposals
-
-
-# ==== The finished folder, and images with their proposals ============================================================
+    return Proposals(folder)
 
 
 class Proposals:
@@ -216,13 +191,12 @@ class Proposals:
         path = self.folder / "meta.json"
         try:
             self.meta = json.loads(path.read_bytes())
-            N, rows = self.meta["images"], self.meta["boxes"]
-            shapes = {"boxes": (rows, 4), "offsets": (N + 1,), "sizes": (N, 2), "rules": (N,), "names": (N,)}
-            for name, shape in shapes.items():
+            for name in ("boxes", "offsets", "sizes", "rules", "names"):
                 path = self.folder / f"{name}.npy"
-                setattr(self, name, np.load(path, mmap_mode="r"))
-                if getattr(self, name).shape != shape:
-                    raise ValueError(f"shape {array.shape} instead of {shape}")
+                array = np.load(path, mmap_mode="r")
+                if list(array.shape) != self.meta[name]:
+                    raise ValueError(f"its shape is {array.shape}")
+                setattr(self, name, array)
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
             remedy = "python -m tools.proposals (a damaged folder, a file of an earlier version: delete it first)"
@@ -239,28 +213,28 @@ class Proposals:
         return np.array(self.boxes[self.offsets[index] : self.offsets[index + 1]])
 
     def check(self, images):
-        """Find a data set's images here. There may be more: proposals of all serve a part of them.
+        """Returns (len(images),) int64: the index here of each image. There may be more here than those.
 
-        Returns (len(images),) int64 rows: images[i] has the boxes self[rows[i]]. Errors: UserError, an image is missing
-        here, scenes of another size, seed or count, or (seen in eight images) other pictures under the same names.
+        Errors: UserError, an image is missing, the scenes are others, or pictures are (seen in the sizes of eight).
         """
-        rows, remedy = np.arange(len(images)), "make proposals of these with python -m tools.proposals"
-        own, wanted = self.meta["fingerprint"], images.fingerprint()
+        rows, own, wanted = np.arange(len(images)), self.meta["fingerprint"], images.fingerprint()
+        remedy = "make proposals of these with python -m tools.proposals"
         if own != wanted:
             names = [] if isinstance(images, data.Scenes) else self.names.tolist()
             places = {name: i for i, name in enumerate(names)}
             rows = np.array([places.get(os.fsencode(images.name(i)), -1) for i in rows])
-            missing = np.flatnonzero(rows < 0)
-            if len(missing):
-                lacks = f"{len(missing)} of {wanted}, the first is {images.name(missing[0])}"
+            if rows.min() < 0:
+                lacks = f"{sum(rows < 0)} of {wanted}, the first is {images.name(rows.argmin())}"
                 raise UserError(f"{self.folder}: made for {own}; lacks {lacks}: {remedy}")
-        for index in np.unique(np.linspace(0, len(images) - 1, 8).astype(int)):
-            image, passed = images[index]
-            size = tuple(self.sizes[rows[index]].tolist())
+        for index in np.linspace(0, len(images) - 1, 8).astype(int):
+            (image, passed), size = images[index], tuple(self.sizes[rows[index]].tolist())
             if not passed and any(size) and image.size != size:
                 other = f"{images.name(index)} has {size} pixels there, {image.size} here"
                 raise UserError(f"{self.folder}: made for other pictures, {other}: {remedy}")
         return rows
+
+
+# ==== Images with their proposals =====================================================================================
 
 
 class WithProposals:

@@ -30,12 +30,10 @@ def quick(monkeypatch):
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 
-@pytest.fixture(scope="module")
-def tiny_resnet():
+@pytest.fixture
+def tiny_resnet(monkeypatch):
     """torchvision's resnet18 is a TinyResNet."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchvision.models, "resnet18", TinyResNet)
-        yield
+    monkeypatch.setattr(torchvision.models, "resnet18", TinyResNet)
 
 
 @pytest.fixture(scope="session")

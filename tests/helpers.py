@@ -21,8 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TINY = "--data scenes:32 --arch resnet18 --size 64 --batch-size 8 --queue-size 24 --workers 0".split()
-TINY += "--lr 0.1 --epochs 2 --print-freq 2".split()
 
 
 def command(script, *flags, processes=0):

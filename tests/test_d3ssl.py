@@ -17,6 +17,7 @@ import common
 import d3ssl
 from d3ssl import Drawn
 from harness import images, look, proposals
+from harness.run import Run
 
 SIZE = 64
 AUGMENT = ("prc", "prm", "rbj")  # the paper's

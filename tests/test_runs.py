@@ -4,6 +4,7 @@
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -42,7 +43,15 @@ from harness import pictures, weights
 from harness import run as runs
 from harness.run import Run
 
-pytestmark = pytest.mark.usefixtures("tiny_resnet", "quick")
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_throughout():
+    """torchvision's resnet18 is a TinyResNet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.models, "resnet18", TinyResNet)
+        yield
 
 
 class Script(NamedTuple):
@@ -120,7 +129,7 @@ class Finished(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
-def finished(request, photos, tiny_resnet, tmp_path_factory):
+def finished(request, photos, tiny_throughout, tmp_path_factory):
     """A whole run of a script, never interrupted."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with contextlib.redirect_stdout(io.StringIO()) as text, signals_given_back():
@@ -254,7 +263,10 @@ VARIANTS = {  # script: flags: a value that its log has, or "-" and one that it 
         "--no-depositioning --augment": "-loss_dp", "--amp bf16 --augment prc prm-erase rbj": "loss_dp",
         "--framework soco --augment prc rbj prm": "-loss_chance",
     },
-    "transfer_det": {"--task scenes --data scenes:12 --model fpn --iterations 8 --batch-size 2": "loss_keypoint"},
+    "transfer_det": {
+        "--task scenes --data scenes:12 --iterations 8 --batch-size 2 --model fpn": "loss_keypoint",
+        "--task scenes --data scenes:12 --iterations 8 --batch-size 2": "-loss_keypoint",
+    },
     "transfer_seg": {"--linear-probe": "-loss_auxiliary", "--task scenes --data scenes:12": "loss_auxiliary"},
 }  # fmt: skip
 
@@ -365,8 +377,8 @@ def test_settings_reach_views_and_optimiser(name, other, photos, tmp_path, monke
     monkeypatch.setattr(torch.optim, "SGD", lambda *a, **k: optimisers.append(sgd(*a, **k)) or optimisers[-1])
     for framework in ("moco", other):
         train(name, photos, tmp_path / framework, "--framework", framework, "--size", 96, "--lr", 0.256)
-    image = Image.new("RGB", (90, 70)), torch.tensor([[5.0, 5, 60, 65], [20, 10, 80, 60]])
-    for function in views:
+    images = [(Image.new("RGB", size), torch.tensor([[0.0, 0, *size]])) for size in ((90, 70), (1, 1))]
+    for function, image in itertools.product(views, images):
         function = pickle.loads(pickle.dumps(function))  # as workers get it where they do not fork
         view_q, view_k, place_q, place_k, *_ = function(image if name == "d3ssl" else image[0])
         assert view_q.shape == view_k.shape == (3, 96, 96) and place_q.shape == place_k.shape
@@ -452,7 +464,7 @@ def test_trials_have_their_own_seeds_and_a_mean(finished, photos, tmp_path, caps
 
 
 @of("transfer_det")
-def test_predictions_are_in_cocos_format(finished, photos, tmp_path, capsys):
+def test_predictions_are_in_cocos_format(finished, photos, tmp_path, capsys, monkeypatch):
     _, folder, _ = finished
     shutil.copytree(photos / "images" / "val", tmp_path / "own")
     (tmp_path / "own" / "broken.jpg").write_bytes(b"no image")
@@ -468,6 +480,9 @@ def test_predictions_are_in_cocos_format(finished, photos, tmp_path, capsys):
     for result in results:
         assert {*result} == {"image_id", "category_id", "bbox", "score", "segmentation"}
         assert result["segmentation"]["size"] == [64, 64]
+    monkeypatch.setattr(common, "processes", lambda: 2)
+    with pytest.raises(common.UserError, match="--predict is a job for one process"):
+        transfer_det.job(["--predict", str(tmp_path / "own"), "--output-dir", str(tmp_path / "run")])
 
 
 @of("transfer_det")
@@ -487,7 +502,9 @@ def test_precise_batch_norm_is_what_is_saved(finished, photos):
     torch.testing.assert_close(state["backbone.bn1.running_var"], seen.var(1, correction=0), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, task, model", [("transfer_det", "coco", "Detector("), ("transfer_seg", "voc", "Segmenter(")])
+@pytest.mark.parametrize(
+    "name, task, model", [("transfer_det", "coco", "Detector("), ("transfer_seg", "voc", "Segmenter(")]
+)
 def test_settings_and_model_are_printed_without_data(name, task, model, capsys):
     job(name)(f"--task {task} --arch resnet18 --lr 0.5 --steps 0".split())
     text = capsys.readouterr().out
