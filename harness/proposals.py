@@ -12,8 +12,8 @@ longer than 640 pixels, the longest side in COCO, is searched at 640.
 The folder of N images, made by tools/proposals.py:
     boxes.npy    int32 (rows, 4)  x0, y0, x1, y1: whole pixels after EXIF rotation, right and bottom edges exclusive
     offsets.npy  int64 (N + 1,)   boxes of image i: rows offsets[i] to offsets[i + 1], sorted, none twice
-    sizes.npy    int32 (N, 2)     width and height, (0, 0) where unreadable
     rules.npy    uint8 (N,)       what kept the boxes, a position in RULES
+    sizes.npy    int32 (N, 2)     width and height, (0, 0) where unreadable
     names.npy    bytes (N,)       relative paths
     meta.json                     what the boxes depend on; written last, so a folder with it is complete
 Until then part-001000.pth holds the images from number 1000 on, and so forth. The finished files are the same for any
@@ -42,9 +42,7 @@ from harness.run import agree
 
 STRATEGIES = ("single", "fast")
 SCALE, SIGMA = 300, 0.9  # of `single`: SoCo's graph segmentation; `fast` has OpenCV's own scales and colour spaces
-SIDE, SHARE, RATIO, SMALLEST, LARGEST = 32, 5, 3, 30, 80  # pixels; short side / SHARE; w / h; percent of sqrt(W H)
-LONGEST = 640
-FILTER = f"side {SIDE} or 1/{SHARE}, ratio {RATIO}, size 0.{SMALLEST} to 0.{LARGEST}, searched at {LONGEST}"
+FILTER = SIDE, SHARE, RATIO, SMALLEST, LARGEST, LONGEST = [32, 5, 3, 30, 80, 640]  # see above; sizes in percent
 RULES = ("all three rules", "the ratio alone", "the side alone", "no box left", "unreadable")
 NOTHING, UNREADABLE = 3, 4
 PART = 1000  # images that are saved together
@@ -57,22 +55,20 @@ def opencv():
 
         cv2.ximgproc.segmentation.createSelectiveSearchSegmentation  # noqa: B018
     except (ImportError, AttributeError):
-        wanted = "pip install opencv-contrib-python-headless (and no other opencv package beside it)"
-        raise UserError(f"selective search needs OpenCV with its contributed modules: {wanted}") from None
+        raise UserError("no selective search: pip install opencv-contrib-python-headless, no other opencv") from None
     cv2.setNumThreads(1)
     return cv2
 
 
 def search(image, strategy):
-    """All boxes that selective search finds, before any filter, sorted, none twice (OpenCV's own order varies).
+    """All boxes that selective search finds, before any filter. OpenCV lists them in another order at each call.
 
     image: PIL image, RGB, W x H. strategy: of STRATEGIES. Returns (n, 4) int64 x0, y0, x1, y1 in pixels, 0 <= x0 < x1
-    <= W, 0 <= y0 < y1 <= H.
+    <= W, 0 <= y0 < y1 <= H; sorted, none twice.
     """
-    small, longest = image, max(image.size)
-    if longest > LONGEST:  # DEVIATION: D1
-        size = [max(1, round(side * LONGEST / longest)) for side in image.size]
-        small = image.resize(size, Image.Resampling.BILINEAR)
+    W, H = image.size
+    shrink = min(1, LONGEST / max(W, H))  # DEVIATION: D1
+    small = image.resize([max(1, round(shrink * side)) for side in (W, H)], Image.Resampling.BILINEAR)
     segmentation = opencv().ximgproc.segmentation.createSelectiveSearchSegmentation()
     segmentation.setBaseImage(np.ascontiguousarray(np.asarray(small)[:, :, ::-1]))  # OpenCV's BGR
     if strategy == "fast":
@@ -80,7 +76,7 @@ def search(image, strategy):
     else:
         segmentation.switchToSingleStrategy(SCALE, SIGMA)
     start, extent = np.asarray(segmentation.process(), np.int64).reshape(-1, 2, 2).transpose(1, 0, 2)  # (n, 2) each
-    start, end = start * image.size // small.size, -(-(start + extent) * image.size // small.size)  # rounded outwards
+    start, end = start * (W, H) // small.size, -(-(start + extent) * (W, H) // small.size)  # rounded outwards
     return np.unique(np.concatenate([start, end], 1), axis=0)
 
 
@@ -102,61 +98,54 @@ def keep(boxes, W, H):
 
 
 def boxes_of(item, strategy):
-    """What `images[index]` returned -> boxes, (n, 4) int32; (width, height); rule. A worker does this."""
+    """What `images[index]` returned -> boxes (n, 4), rule, (width, height). The workers do this."""
     image, passed = item
     if passed:
-        return np.zeros((0, 4), np.int32), (0, 0), UNREADABLE
-    boxes, rule = keep(search(image, strategy), *image.size)
-    return boxes.astype(np.int32), image.size, rule
+        return np.zeros((0, 4), np.int64), UNREADABLE, (0, 0)
+    return *keep(search(image, strategy), *image.size), image.size
 
 
 def search_from(first, images, strategy, workers, stop):
-    """Yield `boxes_of` the images from number `first` on, boxes as tensors, until the end or a signal."""
+    """Yield `boxes_of` the images from number `first` on, boxes as int32 tensors, until the end or a signal."""
     rest, job = range(first, len(images)), functools.partial(boxes_of, strategy=strategy)
-    # Results come in order: while one image is slow, each worker goes up to 4 images ahead.
-    ahead = {"prefetch_factor": 4, "worker_init_fn": data.detach_worker} if workers else {}
-    loader = DataLoader(images, None, sampler=rest, collate_fn=job, num_workers=workers, **ahead)
-    for index, (boxes, size, rule) in enumerate(pictures.progress(loader, len(images), first), first):
+    # Results come in order: while one image is slow, each worker goes on by up to 4 others.
+    options = {"prefetch_factor": 4, "worker_init_fn": data.detach_worker} if workers else {}
+    loader = DataLoader(images, None, sampler=rest, collate_fn=job, num_workers=workers, **options)
+    for index, (boxes, rule, size) in enumerate(pictures.progress(loader, len(images), first), first):
         if rule == UNREADABLE:
             if not os.path.lexists(os.path.join(images.root, images.name(index))):
-                raise UserError(f"{images.name(index)} is gone from {images.root}: bring it back, start again")
+                raise UserError(f"{images.name(index)} is gone from {images.root}: bring it back and start again")
             print(f"unreadable image, stored without boxes: {images.name(index)!r}", flush=True)
-        yield torch.from_numpy(boxes), size, rule
+        yield torch.from_numpy(boxes).int(), rule, size
         if stop():
             return
 
 
 def make(images, folder, strategy="single", workers=0, stop=lambda: False):
-    """Make a folder of proposals, or what is left of it. Returns Proposals, or None after a signal.
+    """Make a folder of proposals, or what is left of it. Returns Proposals, or None if it was stopped.
 
-    images: what `images.open_images` returned. strategy: one of STRATEGIES. workers: processes that search, 0 for this
-    one. stop: function; true: stop after this image.
-    Errors: UserError, no OpenCV; other settings or files there; an image is gone; no permission, no space.
+    images: of `images.open_images`. strategy: of STRATEGIES. workers: processes, 0: this one. stop: function, called
+    after each image. Errors: UserError, no OpenCV; other settings or files there; an image is gone; no space.
     """
-    folder, found, strategy = Path(folder), [], strategy
+    folder, found = Path(folder), []
     settings = {"fingerprint": images.fingerprint(), "strategy": strategy, "filter": FILTER}
-    finished = os.path.exists(folder / "meta.json")
-    if finished:
-        old = Proposals(folder).meta
-    else:
-        settings["versions"] = f"opencv {opencv().__version__}, pillow {PIL.__version__}, numpy {np.__version__}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder}: {error.strerror}: give a new folder") from None
-        if any(folder.iterdir()) and not any(folder.glob("part-*")):
-            raise UserError(f"{folder}: holds other files: give a new folder")
-        old = settings
-        with contextlib.suppress(UserError):  # of the first part that is not there or cannot be read
-            while True:
-                old, part = weights.load_checkpoint_file(folder / f"part-{len(found):06}.pth")
-                found += part
-    changed = [f"{name} {old.get(name)!r} -> {new!r}" for name, new in settings.items() if old.get(name) != new]
-    if changed:
-        raise UserError(f"{folder}: made with other settings ({'; '.join(changed)}): delete it or give another folder")
-    if finished:
+    if os.path.exists(folder / "meta.json"):
+        refuse_differences(folder, Proposals(folder).meta, settings)
         return Proposals(folder)
+    settings["versions"] = f"opencv {opencv().__version__}, pillow {PIL.__version__}, numpy {np.__version__}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}: give a new folder") from None
+    if any(folder.iterdir()) and not any(folder.glob("part-*")):
+        raise UserError(f"{folder}: holds other files: give a new folder")
 
+    old = settings
+    with contextlib.suppress(UserError):  # of the first part that is not there or cannot be read
+        while True:
+            old, part = weights.load_checkpoint_file(folder / f"part-{len(found):06}.pth")
+            found += part
+    refuse_differences(folder, old, settings)
     print(f"proposals: {settings['fingerprint']}; {strategy}; {len(found)} done; {workers} workers", flush=True)
     results = search_from(len(found), images, strategy, workers, stop)
     while part := list(itertools.islice(results, PART)):
@@ -165,9 +154,9 @@ def make(images, folder, strategy="single", workers=0, stop=lambda: False):
     if len(found) < len(images):
         return None
 
-    boxes, sizes, rules = zip(*found, strict=True)
+    boxes, rules, sizes = zip(*found, strict=True)
     arrays = {"boxes": torch.cat(boxes).numpy(), "offsets": np.cumsum([0, *map(len, boxes)])}
-    arrays |= {"sizes": np.array(sizes, np.int32), "rules": np.array(rules, np.uint8)}
+    arrays |= {"rules": np.array(rules, np.uint8), "sizes": np.array(sizes, np.int32)}
     arrays["names"] = np.array([os.fsencode(images.name(i)) for i in range(len(images))])
     for name, array in arrays.items():
         np.save(buffer := io.BytesIO(), array)
@@ -179,10 +168,17 @@ def make(images, folder, strategy="single", workers=0, stop=lambda: False):
     return Proposals(folder)
 
 
+def refuse_differences(folder, old, new):
+    """Raise a UserError that names every setting in which `old` differs from `new`; return if none does."""
+    changed = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if old.get(name) != new[name]]
+    if changed:
+        raise UserError(f"{folder}: made with other settings ({'; '.join(changed)}): delete it or give another folder")
+
+
 class Proposals:
     """The boxes of a data set, read from its folder: self[index] is (n, 4) int32, index as in `images.open_images`.
 
-    boxes, offsets, sizes, rules, names: the arrays, in memory that all processes share. meta: content of meta.json.
+    boxes, offsets, rules, sizes, names: the arrays, in memory that all processes share. meta: content of meta.json.
     Errors: UserError, the folder is not there or not finished, or a file in it is missing or damaged.
     """
 
@@ -191,16 +187,16 @@ class Proposals:
         path = self.folder / "meta.json"
         try:
             self.meta = json.loads(path.read_bytes())
-            for name in ("boxes", "offsets", "sizes", "rules", "names"):
+            for name in ("boxes", "offsets", "rules", "sizes", "names"):
                 path = self.folder / f"{name}.npy"
                 array = np.load(path, mmap_mode="r")
-                if list(array.shape) != self.meta[name]:
-                    raise ValueError(f"its shape is {array.shape}")
+                if [*array.shape] != self.meta[name]:
+                    raise ValueError(f"shape {array.shape}")
                 setattr(self, name, array)
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
-            remedy = "python -m tools.proposals (a damaged folder, a file of an earlier version: delete it first)"
-            raise UserError(f"{path}: {reason}: make it with {remedy}") from None
+            remedy = "make it with python -m tools.proposals (if it is damaged, delete it first)"
+            raise UserError(f"{path}: {reason}: {remedy}") from None
 
     def __reduce__(self):  # workers that are not forked open the arrays instead of copying them
         return Proposals, (self.folder,)
@@ -209,32 +205,26 @@ class Proposals:
         return len(self.sizes)
 
     def __getitem__(self, index):
-        index = range(len(self))[index]  # IndexError where there is no such image
         return np.array(self.boxes[self.offsets[index] : self.offsets[index + 1]])
 
     def check(self, images):
-        """Returns (len(images),) int64: the index here of each image. There may be more here than those.
+        """Find a data set's images here, (len(images),) int64: images[i] has the boxes self[rows[i]].
 
-        Errors: UserError, an image is missing, the scenes are others, or pictures are (seen in the sizes of eight).
+        There may be more images here. Errors: UserError, one is missing, the scenes are others, or pictures have other
+        sizes (eight are looked at).
         """
-        rows, own, wanted = np.arange(len(images)), self.meta["fingerprint"], images.fingerprint()
+        own, wanted = self.meta["fingerprint"], images.fingerprint()
         remedy = "make proposals of these with python -m tools.proposals"
-        if own != wanted:
-            names = [] if isinstance(images, data.Scenes) else self.names.tolist()
-            places = {name: i for i, name in enumerate(names)}
-            rows = np.array([places.get(os.fsencode(images.name(i)), -1) for i in rows])
-            if rows.min() < 0:
-                lacks = f"{sum(rows < 0)} of {wanted}, the first is {images.name(rows.argmin())}"
-                raise UserError(f"{self.folder}: made for {own}; lacks {lacks}: {remedy}")
-        for index in np.linspace(0, len(images) - 1, 8).astype(int):
-            (image, passed), size = images[index], tuple(self.sizes[rows[index]].tolist())
+        places = {name: i for i, name in enumerate(self.names.tolist())}
+        rows = np.array([places.get(os.fsencode(images.name(i)), -1) for i in range(len(images))])
+        if rows.min() < 0 or (images.held_out and own != wanted):
+            lacking = f"lacks some of {wanted}, the first is {images.name(rows.argmin())}"
+            raise UserError(f"{self.folder}: made for {own}; {lacking}: {remedy}")
+        for i in np.linspace(0, len(images) - 1, 8).astype(int):
+            (image, passed), size = images[i], tuple(self.sizes[rows[i]].tolist())
             if not passed and any(size) and image.size != size:
-                other = f"{images.name(index)} has {size} pixels there, {image.size} here"
-                raise UserError(f"{self.folder}: made for other pictures, {other}: {remedy}")
+                raise UserError(f"{self.folder}: made for another {images.name(i)}, of {size} pixels: {remedy}")
         return rows
-
-
-# ==== Images with their proposals =====================================================================================
 
 
 class WithProposals:

@@ -35,12 +35,14 @@ from helpers import (
     write_images,
 )
 from PIL import Image
+from scripts import METHODS, SCRIPTS, TIMES, TRANSFERS, flags_of, job, train
+from several import SHARED, run_all
 from tiny import TinyResNet
 
 import common
 import transfer_det
-from harness import pictures, weights
 from harness import run as runs
+from harness import weights
 from harness.run import Run
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -52,74 +54,6 @@ def tiny_throughout():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchvision.models, "resnet18", TinyResNet)
         yield
-
-
-class Script(NamedTuple):
-    """A row of the table below. A run takes six steps, or five."""
-
-    job: str  # the function that the file's last line runs
-    flags: str  # {data}: see conftest.photos
-    exports: dict  # files for others: {name: where their tensors stand in the checkpoint's model}
-    files: str  # what else is left beside checkpoint.pth, log.jsonl and curves.png
-    values: str  # what each line of the log has beside `TIMES`
-    init: tuple  # the flag of the first weights; where the ResNet then stands in the checkpoint's model
-    other: str  # a setting that makes another run
-    named: str  # how it is refused
-
-
-ALL = "--arch resnet18 --batch-size 6 --workers 0 --print-freq 1"
-METHOD = f"{ALL} --data {{data}}/images --size 64 --epochs 3 --lr 0.1 --queue-size 20"
-CUSTOM = f"{ALL} --task custom --images {{data}}/images --iterations 2"
-BACKBONE, TWICE = {"resnet18.pth": "query.trunk."}, ("--init", "query.trunk.", "key.trunk.")
-LEVELS = "{0}_p4 {0}_p3"
-SCRIPTS = {
-    "setsim": Script(
-        "train", METHOD, BACKBONE, "matches_start.png matches_end.png",
-        "loss_image loss_set loss_chance std_image std_dense std_spread positives rows empty", TWICE,
-        "--set 0.6", "set '0.7' -> '0.6'",
-    ),
-    "resim": Script(
-        "train", f"{METHOD} --window 16 16", BACKBONE | {"fpn.pth": "query.pyramid."}, "regions_start.png regions_end.png",
-        "loss_image loss_chance std_image std_spread "
-        + " ".join(LEVELS.format(name) for name in ("loss", "chance", "valid", "empty", "std", "spread")), TWICE,
-        "--window 16 24", "window [16, 16] -> [16, 24]",
-    ),
-    "d3ssl": Script(
-        "train", f"{METHOD} --proposals {{data}}/boxes", BACKBONE, "regions_start.png regions_end.png",
-        "loss_dc loss_dp loss_chance std std_spread proposals empty shift stuck", TWICE,
-        "--augment rbj prc", "augment ['prc', 'prm', 'rbj'] -> ['prc', 'rbj']",
-    ),
-    "transfer_det": Script(
-        "job", f"{CUSTOM} --train-json {{data}}/train.json --val-json {{data}}/val.json --model c4 --short-sides 64 72 "
-        "--test-side 64 --precise-bn 2", {"detector.pth": ""}, "predictions.png results.jsonl",
-        "loss_objectness loss_rpn_box_reg loss_class loss_box loss_mask foreground", ("--weights", "backbone."),
-        "--freeze-at 1", "freeze_at 0 -> 1",
-    ),
-    "transfer_seg": Script(
-        "job", f"{CUSTOM} --masks {{data}}/masks --crop 64 --resize 128x64", {"segmenter.pth": ""},
-        "predictions.png results.jsonl", "loss_head loss_auxiliary accuracy", ("--weights", "backbone."),
-        "--linear-probe", "linear_probe False -> True",
-    ),
-    "probes.linear": Script(
-        "job", f"{ALL} --data {{data}}/images --size 32 --epochs 3 --lr 0.1 --weights random", {"fc.pth": ""},
-        "results.json", "top1 top5", ("--weights",), "--preset moco", "preset 'setsim' -> 'moco'",
-    ),
-}  # fmt: skip
-METHODS, TRANSFERS = ["setsim", "resim", "d3ssl"], ["transfer_det", "transfer_seg"]
-TIMES = "step epoch lr loss images_per_s data_share bad_images"
-
-
-def job(name):
-    return getattr(importlib.import_module(name), SCRIPTS[name].job)
-
-
-def flags_of(name, data, folder, *flags):
-    return [*SCRIPTS[name].flags.format(data=data).split(), "--output-dir", str(folder), *map(str, flags)]
-
-
-def train(name, data, folder, *flags):
-    """Run a script within this process; importing torch anew takes seconds. Of equal flags the last one counts."""
-    job(name)(flags_of(name, data, folder, *flags))
 
 
 class Finished(NamedTuple):
@@ -147,11 +81,6 @@ def assert_same_run(a, b):
     a, b = checkpoint(a), checkpoint(b)
     for name in ("model", "optimizer", "scaler", "step", "settings", "bad_images"):
         assert_same(a[name], b[name], name)
-
-
-def without_counts(state):
-    """A state dict without how often its batch norms ran: precise batch norm is done again for a result that is lost."""
-    return {n: x for n, x in state.items() if "tracked" not in str(n)} if isinstance(state, dict) else state
 
 
 def steps_of(folder):
@@ -195,13 +124,9 @@ def test_a_run_leaves_what_it_promises(finished, photos):
         assert start["count"] == end["count"] > 20 and start["chance"] == end["chance"] and 0 < start["hits"] < 1
         for title, found in (("start", start), ("end", end)):
             assert f"{title} of training: {found['hits']:.1%} of {found['count']} " in text
-        for key, learned in {"chance": "loss_chance", "rates": "lr"}.items():
-            values = {
-                "chance": [np.log(21) * (4 if name == "d3ssl" else 1)] * 6,
-                "rates": [1, 1, 0.75, 0.75, 0.25, 0.25],
-            }
-            scale = 0.1 * 6 / 256 if key == "rates" else 1
-            assert [line[learned] / scale for line in steps] == pytest.approx(values[key], rel=1e-4)
+        chance, rates = np.log(21) * (4 if name == "d3ssl" else 1), np.array([1, 1, 0.75, 0.75, 0.25, 0.25])
+        assert [line["loss_chance"] for line in steps] == pytest.approx([chance] * 6)
+        assert [line["lr"] for line in steps] == pytest.approx(0.1 * 6 / 256 * rates)
     else:
         result, file = lines[-1]["result"], folder / script.files.split()[-1]
         assert json.loads(file.read_text()).items() >= result.items() and lines[-1]["step"] == state["step"]
@@ -229,8 +154,10 @@ def test_a_finished_run_says_so_and_changes_nothing(finished, photos, tmp_path, 
     shutil.copy(folder / "checkpoint.pth", tmp_path)  # alone it gives a new folder all files
     train(name, photos, tmp_path)
     assert {*os.listdir(tmp_path)} >= {path.name for path in before if "start" not in path.name} - {"curves.png"}
-    same = ("model", "optimizer", "scaler", "step")
-    assert_same(*({n: without_counts(checkpoint(f)[n]) for n in same} for f in (tmp_path, folder)))
+    model, again = (checkpoint(place)["model"] for place in (folder, tmp_path))
+    if name == "transfer_det":  # a result that is lost takes precise batch norm once more, which counts its batches
+        again |= {n: x for n, x in model.items() if n.endswith("num_batches_tracked")}
+    assert_same(again, model)
 
 
 # ---- a run in parts
@@ -538,12 +465,11 @@ def test_exploding_weights_stop_the_run(photos, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, processes", [("transfer_det", 0), ("setsim", 2)])
-def test_sigterm_saves_and_exits_0(name, processes, photos, tmp_path):
+@pytest.mark.parametrize("name, long, processes", [("transfer_det", "--iterations", 0), ("setsim", "--epochs", 2)])
+def test_sigterm_saves_and_exits_0(name, long, processes, photos, tmp_path):
     """Sent to the whole process group, as launchers and terminals do: loader workers must not die of it first."""
-    flags = flags_of(name, photos, tmp_path, "--workers", 1, *"--iterations 999 --save-every 999".split()[processes:])
-    flags += ["--epochs", "999"] if processes else []
-    code, text = signal_after("tests/tiny.py", f"{name}.py", *flags, line=4, number=signal.SIGTERM, processes=processes)
+    flags = [f"{name}.py", *flags_of(name, photos, tmp_path, "--workers", 1, "--save-every", 999, long, 999)]
+    code, text = signal_after("tests/tiny.py", *flags, line=4, number=signal.SIGTERM, processes=processes)
     step = checkpoint(tmp_path)["step"]
     assert f"stopped by a signal and saved at step {step}; the same command continues" in text
     assert (code == 0 or processes) and log_lines(tmp_path)[-1]["step"] == step < 500
@@ -564,111 +490,13 @@ def test_killed_at_random_instants(finished, photos, tmp_path):
     assert [*steps_of(tmp_path)] == [*steps_of(folder)]
 
 
-WORKER = """
-import os, pathlib, runpy, sys, threading, time
-sys.path[:0] = [{root!r}, {tests!r}]
-number, folder, photos, *rest = sys.argv[1:]
-if number == "all":
-    import test_runs
-    test_runs.run_all(pathlib.Path(folder), photos)
-    sys.exit()
-
-def watch():
-    while not (os.path.exists(folder + "/log.jsonl") and open(folder + "/log.jsonl").read().count("\\n") > 3):
-        time.sleep(0.01)
-    open(folder + "/killed", "w").close()
-    os._exit(1)
-
-if os.environ["RANK"] == number and not os.path.exists(folder + "/killed"):
-    threading.Thread(target=watch, daemon=True).start()
-sys.argv[1:] = rest
-runpy.run_path({tests!r} + "/tiny.py", run_name="__main__")
-"""
-
-
-class FirstOnes:
-    """In place of torchvision's sampler of anchors and boxes: the first positive and 15 negatives of each image."""
-
-    def __init__(self, count, share):
-        self.batch_size_per_image = 16
-
-    def __call__(self, matched):
-        masks = []
-        for labels in matched:
-            found = [labels >= 1, labels == 0]
-            masks.append([mask & (mask.cumsum(0) <= most) for mask, most in zip(found, (1, 15), strict=True)])
-        return [list(mask) for mask in zip(*masks, strict=True)]
-
-
-SHARED = {  # a run that several processes share: script and flags
-    "setsim": "setsim --symmetric --geometry 0.5",
-    "resim official": "resim --preset official",
-    **{name: name for name in SCRIPTS if name != "setsim"},
-}
-
-
-def run_all(folder, photos):
-    """Run scripts, under torchrun or alone, so that nothing depends on which of 12 images share a process; copy what is
-    there after the first step.
-
-    Groups are of two images, the methods compute in double precision, as rounding would hide small differences. The
-    transfer scripts' batch norms use running statistics: those of the batch are not synchronised on CPUs. Dropout is off,
-    and samples are not drawn.
-    """
-    number, size, _ = common.start_processes()
-    assert (number, size) == (common.rank(), common.processes()) and runs.agree(number, 1) == [sum(range(size)), size]
-    x, permutation = torch.arange(12.0).view(12, 1), torch.randperm(12, generator=common.generator("p"))
-    mine = x.chunk(size)[number]
-    dealt = common.shuffle(mine, permutation)
-    assert torch.equal(common.all_gather(mine), x) and torch.equal(common.all_gather(dealt), x[permutation])
-    assert torch.equal(common.unshuffle(dealt, permutation), mine)
-    save, steps, normalise = Run.save, Run.steps, common.normalise
-
-    def frozen(module, x):
-        return torch.nn.functional.batch_norm(x, module.running_mean, module.running_var, module.weight, module.bias)
-
-    def save_and_copy(run):
-        save(run)
-        if run.rank == 0 and run.step == 1:
-            shutil.copytree(run.args.output_dir, f"{run.args.output_dir} first")
-
-    def double(x):
-        return x.double() if x.is_floating_point() else x
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "save", save_and_copy)
-        patch.setattr(Run, "measure", lambda *_: None)
-        patch.setattr(pictures, "draw_curves", lambda *_: None)
-        patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(torchvision.models, "resnet18", TinyResNet)
-        train("setsim", photos, folder / "whole")  # plainly
-        patch.setattr(common, "GROUP", 2)
-        patch.setattr(torch.nn.functional, "dropout2d", lambda x, *_: x)
-        patch.setattr("torchvision.models.detection._utils.BalancedPositiveNegativeSampler", FirstOnes)
-        for label, line in SHARED.items():
-            name, *flags = line.split()
-            with pytest.MonkeyPatch.context() as more:
-                if name in METHODS:
-                    module = importlib.import_module(name)
-                    more.setattr(module, "build", lambda *a, build=module.build: build(*a).double())
-                    more.setattr(torch.Tensor, "float", torch.Tensor.double)
-                    more.setattr(common, "normalise", lambda images: normalise(images).double())
-                    more.setattr(Run, "steps", lambda *a: ([*map(double, batch)] for batch in steps(*a)))
-                elif name in TRANSFERS:
-                    more.setattr(torch.nn.modules.batchnorm._BatchNorm, "forward", frozen)
-                train(name, photos, folder / label, "--save-every", 1, "--batch-size", 12, *flags)
-    if size > 1:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def by_one_and_three(photos, tmp_path_factory):
     """The folders of what `run_all` leaves in one process and in three."""
     one, three = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("three")
     with signals_given_back():
         run_all(one, photos)
-    (three / "worker.py").write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    run(three / "worker.py", "all", three, photos, processes=3)
+    run("tests/several.py", "all", three, photos, processes=3, env={"PYTHONPATH": str(ROOT)})
     return one, three
 
 
@@ -707,9 +535,10 @@ def test_three_processes_do_what_one_does(label, by_one_and_three, photos):
 def test_torchrun_restarts_a_killed_worker(by_one_and_three, photos, tmp_path):
     """--max-restarts: all go on from the last checkpoint and end with the same weights."""
     flags = flags_of("setsim", photos, tmp_path, "--save-every", 1)
-    words = command(by_one_and_three[1] / "worker.py", 1, tmp_path, photos, "setsim.py", *flags, processes=3)
+    words = command("tests/several.py", 1, tmp_path, "setsim.py", *flags, processes=3)
     words.insert(words.index("--standalone"), "--max-restarts=2")
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr
     assert "continued from step" in done.stdout
     assert_same_run(tmp_path, by_one_and_three[1] / "whole")
