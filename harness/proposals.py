@@ -5,9 +5,8 @@ Uijlings et al., "Selective Search for Object Recognition", IJCV 2013, as OpenCV
 et al., NeurIPS 2021): if all three rules hold; if that leaves none, by the ratio alone; then by the side alone.
     side: w >= 32 and h >= 32 pixels; ratio: 1/3 <= w/h <= 3; size: 0.3 <= sqrt(w h) / sqrt(W H) <= 0.8
 
-DEVIATION: D1. SoCo's own search lists many boxes twice; `single` has the settings of its segmentation. Where a fifth of
-the image's short side is under 32 pixels, it takes their place, or thumbnails would keep next to nothing. An image
-longer than 640 pixels, the longest side in COCO, is searched at 640.
+DEVIATION: D1. SoCo's own search lists many boxes twice; `single` has the settings of its segmentation. In thumbnails a
+fifth of the short side takes the place of 32 pixels. Images over 640 pixels, COCO's longest side, are searched at 640.
 
 The folder of N images, made by tools/proposals.py:
     boxes.npy    int32 (rows, 4)  x0, y0, x1, y1: whole pixels after EXIF rotation, right and bottom edges exclusive
@@ -16,8 +15,8 @@ The folder of N images, made by tools/proposals.py:
     sizes.npy    int32 (N, 2)     width and height, (0, 0) where unreadable
     names.npy    bytes (N,)       relative paths
     meta.json                     what the boxes depend on; written last, so a folder with it is complete
-Until then part-001000.pth holds the images from number 1000 on, and so forth. The finished files are the same for any
-number of workers and interruptions (on the same kind of processor, with the same versions).
+Until then part-001000.pth holds the images from number 1000 on, and so forth. The finished bytes depend on the kind of
+processor and on versions, not on the number of workers or on interruptions.
 """
 
 import contextlib
@@ -29,9 +28,8 @@ import os
 from pathlib import Path
 
 import numpy as np
-import PIL
+import PIL.Image
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 import common
@@ -61,14 +59,13 @@ def opencv():
 
 
 def search(image, strategy):
-    """All boxes that selective search finds, before any filter. OpenCV lists them in another order at each call.
+    """All boxes that selective search finds, before any filter; sorted, none twice: OpenCV's order varies.
 
-    image: PIL image, RGB, W x H. strategy: of STRATEGIES. Returns (n, 4) int64 x0, y0, x1, y1 in pixels, 0 <= x0 < x1
-    <= W, 0 <= y0 < y1 <= H; sorted, none twice.
+    image: PIL image, RGB, W x H. strategy: of STRATEGIES. Returns (n, 4) int64 x0, y0, x1, y1, pixels from 0 to W or H.
     """
     W, H = image.size
     shrink = min(1, LONGEST / max(W, H))  # DEVIATION: D1
-    small = image.resize([max(1, round(shrink * side)) for side in (W, H)], Image.Resampling.BILINEAR)
+    small = image.resize([max(1, round(shrink * side)) for side in (W, H)], PIL.Image.Resampling.BILINEAR)
     segmentation = opencv().ximgproc.segmentation.createSelectiveSearchSegmentation()
     segmentation.setBaseImage(np.ascontiguousarray(np.asarray(small)[:, :, ::-1]))  # OpenCV's BGR
     if strategy == "fast":
@@ -81,11 +78,9 @@ def search(image, strategy):
 
 
 def keep(boxes, W, H):
-    """SoCo's filter with its two fall-backs, in whole numbers: a box on a limit is in. The rules stand on top.
+    """SoCo's filter with its two fall-backs (see the top), in whole numbers: a box on a limit is in.
 
-    boxes: (n, 4) int64 x0, y0, x1, y1. W, H: width and height of the image in pixels.
-    Returns the boxes kept, (m, 4) in the order given, and which rule kept them, a position in RULES, 0 to 3.
-    """
+    boxes: (n, 4) int64 x0, y0, x1, y1 in an image of W x H pixels. Returns (m, 4), those kept, and a position in RULES."""
     w, h = (boxes[:, 2:] - boxes[:, :2]).T
     short, long = np.minimum(w, h), np.maximum(w, h)
     side = (short >= SIDE) | (short * SHARE >= min(W, H))  # DEVIATION: D1
@@ -110,7 +105,7 @@ def search_from(first, images, strategy, workers, stop):
     rest, job = range(first, len(images)), functools.partial(boxes_of, strategy=strategy)
     # Results come in order: while one image is slow, each worker goes on by up to 4 others.
     options = {"prefetch_factor": 4, "worker_init_fn": data.detach_worker} if workers else {}
-    loader = DataLoader(images, None, sampler=rest, collate_fn=job, num_workers=workers, **options)
+    loader = DataLoader(images, batch_size=None, sampler=rest, collate_fn=job, num_workers=workers, **options)
     for index, (boxes, rule, size) in enumerate(pictures.progress(loader, len(images), first), first):
         if rule == UNREADABLE:
             if not os.path.lexists(os.path.join(images.root, images.name(index))):
@@ -125,27 +120,29 @@ def make(images, folder, strategy="single", workers=0, stop=lambda: False):
     """Make a folder of proposals, or what is left of it. Returns Proposals, or None if it was stopped.
 
     images: of `images.open_images`. strategy: of STRATEGIES. workers: processes, 0: this one. stop: function, called
-    after each image. Errors: UserError, no OpenCV; other settings or files there; an image is gone; no space.
-    """
+    after each image. Errors: UserError, no OpenCV; other settings or files there; an image is gone; no space."""
     folder, found = Path(folder), []
     settings = {"fingerprint": images.fingerprint(), "strategy": strategy, "filter": FILTER}
-    if os.path.exists(folder / "meta.json"):
-        refuse_differences(folder, Proposals(folder).meta, settings)
+    finished = os.path.exists(folder / "meta.json")
+    if not finished:
+        settings["versions"] = f"opencv {opencv().__version__}, pillow {PIL.__version__}, numpy {np.__version__}"
+    old = Proposals(folder).meta if finished else settings
+    with contextlib.suppress(UserError):  # of the first part that is not there or cannot be read
+        while not finished:
+            old, part = weights.load_checkpoint_file(folder / f"part-{len(found):06}.pth")
+            found += part
+    changed = [f"{name} {old.get(name)!r} -> {new!r}" for name, new in settings.items() if old.get(name) != new]
+    if changed:
+        raise UserError(f"{folder}: made with other settings ({'; '.join(changed)}): delete it or give another folder")
+    if finished:
         return Proposals(folder)
-    settings["versions"] = f"opencv {opencv().__version__}, pillow {PIL.__version__}, numpy {np.__version__}"
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}: give a new folder") from None
     if any(folder.iterdir()) and not any(folder.glob("part-*")):
         raise UserError(f"{folder}: holds other files: give a new folder")
-
-    old = settings
-    with contextlib.suppress(UserError):  # of the first part that is not there or cannot be read
-        while True:
-            old, part = weights.load_checkpoint_file(folder / f"part-{len(found):06}.pth")
-            found += part
-    refuse_differences(folder, old, settings)
     print(f"proposals: {settings['fingerprint']}; {strategy}; {len(found)} done; {workers} workers", flush=True)
     results = search_from(len(found), images, strategy, workers, stop)
     while part := list(itertools.islice(results, PART)):
@@ -168,19 +165,9 @@ def make(images, folder, strategy="single", workers=0, stop=lambda: False):
     return Proposals(folder)
 
 
-def refuse_differences(folder, old, new):
-    """Raise a UserError that names every setting in which `old` differs from `new`; return if none does."""
-    changed = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if old.get(name) != new[name]]
-    if changed:
-        raise UserError(f"{folder}: made with other settings ({'; '.join(changed)}): delete it or give another folder")
-
-
 class Proposals:
-    """The boxes of a data set, read from its folder: self[index] is (n, 4) int32, index as in `images.open_images`.
-
-    boxes, offsets, rules, sizes, names: the arrays, in memory that all processes share. meta: content of meta.json.
-    Errors: UserError, the folder is not there or not finished, or a file in it is missing or damaged.
-    """
+    """A finished folder: self[index] is (n, 4) int32, the boxes of an image. Its files are the attributes; the memory of
+    arrays is shared by all processes. Errors: UserError, not finished, or a file is missing or damaged."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -191,12 +178,11 @@ class Proposals:
                 path = self.folder / f"{name}.npy"
                 array = np.load(path, mmap_mode="r")
                 if [*array.shape] != self.meta[name]:
-                    raise ValueError(f"shape {array.shape}")
+                    raise ValueError(f"shape {array.shape}, not {self.meta[name]}")
                 setattr(self, name, array)
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-            reason = getattr(error, "strerror", None) or error
             remedy = "make it with python -m tools.proposals (if it is damaged, delete it first)"
-            raise UserError(f"{path}: {reason}: {remedy}") from None
+            raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}: {remedy}") from None
 
     def __reduce__(self):  # workers that are not forked open the arrays instead of copying them
         return Proposals, (self.folder,)
@@ -208,11 +194,8 @@ class Proposals:
         return np.array(self.boxes[self.offsets[index] : self.offsets[index + 1]])
 
     def check(self, images):
-        """Find a data set's images here, (len(images),) int64: images[i] has the boxes self[rows[i]].
-
-        There may be more images here. Errors: UserError, one is missing, the scenes are others, or pictures have other
-        sizes (eight are looked at).
-        """
+        """rows, (len(images),) int64: images[i] has the boxes self[rows[i]]. More images may be here than those. Errors:
+        UserError, one is missing, the scenes are others, or a picture has another size (eight are looked at)."""
         own, wanted = self.meta["fingerprint"], images.fingerprint()
         remedy = "make proposals of these with python -m tools.proposals"
         places = {name: i for i, name in enumerate(self.names.tolist())}
@@ -229,9 +212,7 @@ class Proposals:
 
 class WithProposals:
     """Images and their boxes: self[index] is (image, (n, 4) fp32 boxes in its pixels), unreadable images passed over.
-
-    images: see images.open_images. proposals: Proposals. Errors: UserError, made for other images.
-    """
+    Errors: see Proposals.check."""
 
     def __init__(self, images, proposals):
         self.images, self.proposals, self.rows = images, proposals, proposals.check(images)
@@ -251,7 +232,7 @@ class WithProposals:
         if not self.held_out:
             return self[int(self.order[index % len(self)])][0]
         scene = self.images.scene(self.images.count + index)
-        return Image.fromarray(scene["image"]), torch.from_numpy(scene["boxes"])
+        return PIL.Image.fromarray(scene["image"]), torch.from_numpy(scene["boxes"])
 
     def fingerprint(self):
         """A name for these images and boxes: a resumed run must see the same ones."""
@@ -261,9 +242,8 @@ class WithProposals:
 def attach(run, folder):
     """The images of a Run with their proposals. Those of built-in scenes are made first if `folder` is None."""
     if folder is None:
-        images = run.images
-        folder = run.path(f"scenes-{images.count}-{images.size}-{images.seed}.proposals")
-        made = run.rank > 0 or make(images, folder, workers=run.args.workers, stop=lambda: run.signalled)
+        folder = run.path(f"scenes-{run.images.count}-{run.images.size}-{run.images.seed}.proposals")
+        made = run.rank > 0 or make(run.images, folder, workers=run.args.workers, stop=lambda: run.signalled)
         if sum(agree(int(not made))):
             print0("stopped by a signal; the same command continues")
             raise SystemExit

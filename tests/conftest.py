@@ -15,7 +15,7 @@ from helpers import keep_signals  # noqa: F401
 from PIL import Image
 from tiny import TinyResNet
 
-LONGEST = ["test_runs.py", "test_paper_size.py", "test_probes.py", "test_transfer_det.py"]
+LONGEST = ["test_paper_size.py", "test_runs.py", "test_own_images.py", "test_transfer_det.py"]
 
 
 def pytest_collection_modifyitems(items):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What several test files use: runs of the scripts as their users would start them, and small folders of images."""
 
 import ast

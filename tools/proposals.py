@@ -3,13 +3,11 @@
 
     python -m tools.proposals --data /coco/train2017 --out coco.proposals        all cores
     python -m tools.proposals --data photos --out photos.proposals --show 24     and photos.proposals/sheet.png
-    python -m tools.proposals --data scenes:4096 --out scenes.proposals          the built-in scenes
 
 harness/proposals.py finds, keeps and reads the boxes, and describes the folder. The same command continues a killed run.
 """
 
 import argparse
-import math
 import os
 import signal
 
@@ -18,9 +16,9 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
-import harness.images
-import harness.run
 from common import number
+from harness import run
+from harness.images import open_images
 from harness.proposals import RULES, STRATEGIES, UNREADABLE, make
 
 
@@ -44,48 +42,39 @@ def summary(proposals):
     """One line: how many boxes, and how many images with a fall-back or without any."""
     counts, rules = np.diff(proposals.offsets), np.bincount(proposals.rules, minlength=len(RULES))
     others = "".join(f"; {n} images: {rule}" for n, rule in zip(rules[1:], RULES[1:], strict=True) if n)
-    made = f"{proposals.meta['fingerprint']}; {proposals.meta['strategy']}; {proposals.boxes.nbytes / 1e6:.1f} MB"
-    return f"{proposals.folder}: {made}; {counts.mean():.1f} boxes an image, {counts.min()} to {counts.max()}{others}"
+    return f"{proposals.folder}: {counts.mean():.1f} boxes an image, {counts.min()} to {counts.max()}{others}"
 
 
 def contact_sheet(images, proposals, count, side=240, shown=12):
-    """A PIL image of `count` images, spread evenly over the list (all, if they are fewer), `side` pixels large.
-
-    At most `shown` boxes on each, spread evenly over their areas, large ones in dark colours.
-    """
+    """A PIL image of `count` images, spread evenly over the list (all, if they are fewer), `side` pixels large, with at
+    most `shown` boxes each, spread evenly over their areas, small ones on top."""
     cells = []
     for index in np.unique(np.linspace(0, len(proposals) - 1, count).astype(int)).tolist():
         boxes, rule, (W, H) = proposals[index], proposals.rules[index], proposals.sizes[index].tolist()
-        cell = Image.new("RGB", (side, side + 14), "white")
+        cell, zoom = Image.new("RGB", (side, side + 14), "white"), side / max(W, H, 1)
         draw = ImageDraw.Draw(cell)
-        why = f", {RULES[rule]}" if rule else ""
-        draw.text((0, side), f"{index}: {W} x {H}, {len(boxes)} boxes{why}", "black")
+        draw.text((0, side), f"{index}: {W} x {H}, {len(boxes)} boxes" + (f", {RULES[rule]}" if rule else ""), "black")
         if rule != UNREADABLE:
-            zoom = side / max(W, H)
             cell.paste(images[index][0].resize([max(1, round(zoom * W)), max(1, round(zoom * H))]))
         boxes = boxes[np.argsort(-np.prod(boxes[:, 2:] - boxes[:, :2], 1), kind="stable")]
         for k in np.linspace(0, len(boxes) - 1, min(shown, len(boxes))).astype(int).tolist():
-            x0, y0, x1, y1 = (boxes[k] * zoom).tolist()
-            colour = f"hsl({280 - 230 * k // len(boxes)}, 100%, {40 + 15 * k // len(boxes)}%)"
-            draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
+            colour = f"hsl({280 - 230 * k // len(boxes)}, 100%, 50%)"
+            draw.rectangle((boxes[k] * zoom).tolist(), outline=colour, width=2)
         cells.append(pil_to_tensor(cell))
-    return to_pil_image(make_grid(cells, math.ceil(math.sqrt(len(cells))), padding=6, pad_value=255))
+    return to_pil_image(make_grid(cells, round(len(cells) ** 0.5), padding=6, pad_value=255))
 
 
 def main(argv=None):
     args, signals = get_args(argv), []
-    images = harness.images.open_images(args.data, args.size, args.seed)
+    images = open_images(args.data, args.size, args.seed)
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda *_: signals.append(1))
     proposals = make(images, args.out, args.strategy, args.workers, stop=lambda: signals)
-    if proposals is None:
-        print("stopped by a signal; the same command continues", flush=True)
-        return
-    print(summary(proposals), flush=True)
-    if args.show:
+    print(summary(proposals) if proposals else "stopped by a signal; the same command continues", flush=True)
+    if proposals and args.show:
         contact_sheet(images, proposals, args.show).save(proposals.folder / "sheet.png")
         print(f"contact sheet: {proposals.folder / 'sheet.png'}", flush=True)
 
 
 if __name__ == "__main__":
-    harness.run.main(main)
+    run.main(main)
