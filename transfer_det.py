@@ -231,7 +231,8 @@ class CityscapesData(CocoData):
                     size = dict(zip(("width", "height"), image.size, strict=True))
                 images.append({"id": len(images) + 1, "file_name": os.path.relpath(path, root), **size})
         except (RuntimeError, OSError) as error:
-            raise UserError(f"--data {root}: it must be {HELP['cityscapes']} ({error})") from None
+            missing = getattr(error, "filename", None) or root
+            raise UserError(f"{missing}: not there; --data must be {HELP['cityscapes']}") from None
         classes = [{"id": c.id, "name": c.name} for c in data.classes if c.has_instances and not c.ignore_in_eval]
         super().__init__({"images": images, "annotations": [], "categories": classes}, root, f"Cityscapes {split}")
 

@@ -53,9 +53,6 @@ def batch_of(count, bare=0, **settings):
     return batched(zip(shown, boxes, strict=True), **settings)
 
 
-# ---- views and boxes
-
-
 def test_boxes_show_the_same_in_every_view(monkeypatch):
     """A coordinate image: what lies in a box of x1, x2, x2-s, x3 are the coordinates of the proposal it comes from."""
     record_operations(monkeypatch)  # colours stay what they are; crop, resize and flip are real
@@ -156,21 +153,12 @@ def test_regions_are_at_least_a_cell_in_both_views():
     assert 15.99 < min(smallest) < 18
 
 
-# ---- region-level augmentations
-
-
 def mask_by_centres(boxes, H, W):
     """Eq. 6, pixel by pixel: is its centre in a box?"""
     mask = torch.zeros(H, W, dtype=torch.bool)
     for i, j, (x0, y0, x1, y1) in itertools.product(range(H), range(W), boxes.tolist()):
         mask[i, j] |= x0 <= j + 0.5 < x1 and y0 <= i + 0.5 < y1
     return mask
-
-
-def test_foreground_mask_against_pixel_centres():
-    boxes = torch.cat([some_boxes(3, 40, 5, least=4), torch.tensor([[-5.0, -2.5, 3.5, 9.49], [35, 30, 60, 70]])])
-    for k in range(len(boxes) + 1):
-        assert torch.equal(d3ssl.foreground_mask(boxes[:k], 32, 40), mask_by_centres(boxes[:k], 32, 40))
 
 
 def prc_by_sets(boxes, H, W, draws):
@@ -303,17 +291,6 @@ def test_composition_moves_pixels_by_exactly_t():
         assert torch.equal(got[b, :, i, j], want)
 
 
-@pytest.mark.parametrize("batch, group", [(8, 4), (7, 4), (2, 32), (9, 9)])
-def test_background_is_another_image_of_the_group(batch, group):
-    seen = set()
-    for step in range(40):
-        got = d3ssl.other_images(batch, group, step / 40)
-        for part in torch.arange(batch).tensor_split(math.ceil(batch / group)):
-            assert set(got[part].tolist()) == set(part.tolist()) and (got[part] != part).all()
-        seen.add(int(got[0]))
-    assert len(seen) == min(batch, math.ceil(batch / math.ceil(batch / group))) - 1  # any other image
-
-
 MASKS, BOXES_FOLLOW = {"keep_1", "keep_2"}, {"boxes_1", "boxes_2", "keep_1", "keep_2", "shift", "mask_3"}
 CHANGES = {"prm rbj": MASKS, "soco-cutout rbj": MASKS, "prc rbj": MASKS, "prc prm-erase rbj": MASKS,
            "prc prm soco-jitter": BOXES_FOLLOW, "prc prm": BOXES_FOLLOW, "rbj prm prc": set()}  # fmt: skip
@@ -353,18 +330,6 @@ def test_each_kind_of_draw_has_a_generator_of_its_own(monkeypatch):
         keys.clear()
 
 
-# ---- networks
-
-
-def test_cells_of_a_region_follow_the_view(monkeypatch):
-    seen, roi_align, encoder = [], d3ssl.ops.roi_align, d3ssl.Encoder("resnet18")
-    monkeypatch.setattr(d3ssl.ops, "roi_align", lambda m, b, *a, **k: seen.append((*a, k)) or roi_align(m, b, *a, **k))
-    for size in (224, 136, 68):
-        features, z = encoder.encode(torch.zeros(1, 3, size, size), torch.tensor([[[0.0, 0, 64, 64], [8, 0, 32, 64]]]))
-        assert features.shape == (1, 2, 512) and z.shape == (1, 2, 128)
-    assert seen == [(cells, 1 / 16, {"aligned": True}) for cells in (14, 8, 4)]
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("size", [112, 64])
 def test_the_region_of_a_whole_view_is_torchvisions_resnet(size):
@@ -377,30 +342,29 @@ def test_the_region_of_a_whole_view_is_torchvisions_resnet(size):
     x, box = torch.randn(2, 3, size, size), torch.tensor([[[0.0, 0, size, size]]] * 2)
     features = lambda x, boxes: encoder.encode(x, boxes)[0]  # noqa: E731
     torch.testing.assert_close(features(x, box)[:, 0], resnet(x), rtol=1e-3, atol=1e-4)
-    part = torch.tensor([[[0.0, 0, size / 2, size]]] * 2)  # another box: other features, of the image it belongs to
+    part = torch.tensor([[[0.0, 0, size / 2, size]]] * 2)  # another box: other features
     assert (features(x, part) - features(x, box)).abs().max() > 1e-2
-    torch.testing.assert_close(features(x.flip(0), part).flip(0), features(x, part), rtol=1e-4, atol=1e-5)
 
 
-def build(*flags, init=None):
+def build(*flags):
+    """A method whose teacher is no longer a copy of the student."""
     base = "--data scenes --arch resnet18 --size 64 --batch-size 6 --queue-size 20 --seed 1".split()
-    return d3ssl.build(d3ssl.get_args([*base, *flags]), torch.device("cpu"), init, total=10)
+    method = d3ssl.build(d3ssl.get_args([*base, *flags]), torch.device("cpu"), None, total=10)
+    with torch.no_grad():
+        for p in method.key.parameters():
+            p.mul_(1.05)
+    return method
 
 
-def test_heads_and_first_weights(tmp_path):
-    """Projectors and SoCo's predictor: widths, and a norm or none. Both networks start from --init."""
-    weights = torchvision.models.resnet18().state_dict()
-    torch.save(weights, tmp_path / "resnet18.pth")
-    soco, normed = build("--framework", "soco"), build("--mlp-norm")
-    plain = build(init=str(tmp_path / "resnet18.pth"))
+def test_heads():
+    """Projectors and SoCo's predictor: widths, and a norm or none."""
+    plain, soco, normed = build(), build("--framework", "soco"), build("--mlp-norm")
     widths = lambda m: [getattr(x, "out_features", type(x).__name__) for x in m]  # noqa: E731
     assert widths(plain.query.projector) == [512, "ReLU", 128]
     assert widths(normed.key.projector) == [512, "BatchNorm1d", "ReLU", 128]
     for mlp, inputs in ((soco.query.projector, 512), (soco.query.predictor, 256), (soco.key.projector, 512)):
         assert (mlp[0].in_features, *widths(mlp)) == (inputs, 4096, "BatchNorm1d", "ReLU", 256)
     assert [m.query.trunk.layer1[0].bn2.weight.unique().tolist() for m in (soco, normed)] == [[0], [1]]
-    for encoder in (plain.query, plain.key):
-        assert all(torch.equal(tensor, weights[name]) for name, tensor in encoder.trunk.state_dict().items())
 
 
 @torch.no_grad()
@@ -416,17 +380,6 @@ def test_batch_statistics_are_the_groups_own(framework, groups, monkeypatch):
             torch.testing.assert_close(got[rows], want, rtol=1e-4, atol=1e-5)
 
 
-# ---- one iteration
-
-
-def make_teacher_differ(method):
-    """The parameters of the teacher before the iteration: no longer those of the student."""
-    with torch.no_grad():
-        for p in method.key.parameters():
-            p.mul_(1.05)
-    return {name: p.clone() for name, p in method.key.named_parameters()}
-
-
 @pytest.mark.parametrize("flags, m, terms, D", [
     ("", 0.999, 4, 128), ("--no-depositioning", 0.999, 2, 128),
     ("--framework soco", 0.9909549, 0, 256),  # step 2 of 10 on a cosine from 0.99 to 1
@@ -434,7 +387,8 @@ def make_teacher_differ(method):
 def test_iteration_by_hand(flags, m, terms, D, monkeypatch):
     """Eqs. 2 to 10: who sees what, the teacher's step, the loss, the bank. One image has no proposals."""
     method, drawn = build(*flags.split()), batch_of(6, bare=1)
-    before, bank = make_teacher_differ(method), method.bank.vectors.clone() if terms else None
+    before = {name: p.clone() for name, p in method.key.named_parameters()}
+    bank = method.bank.vectors.clone() if terms else None
     students, teachers, forward = [], [], method.key.forward
     monkeypatch.setattr(method.key, "forward", lambda *views: teachers.append(views) or forward(*views))
     loss, values = method(lambda *views: students.append(views) or method.query(*views), drawn, 2)
@@ -456,8 +410,7 @@ def test_iteration_by_hand(flags, m, terms, D, monkeypatch):
     with torch.no_grad():
         z_s, (t1, t2) = [z for _, z in method.query(*students[0])], [z for _, z in method.key(*taught)]
 
-    def unit(z):
-        return F.normalize(z, dim=2).flatten(0, 1)
+    unit = lambda z: F.normalize(z, dim=2).flatten(0, 1)  # noqa: E731
 
     def compare(z, positive):
         if not terms:
@@ -468,36 +421,35 @@ def test_iteration_by_hand(flags, m, terms, D, monkeypatch):
     dc = compare(z_s[0], t2) + compare(z_s[1], t1)
     dp = compare(z_s[2], t2) + compare(z_s[2], t1) if terms == 4 else torch.zeros(())
     assert [values["loss_dc"].item(), loss.item()] == pytest.approx([dc.item(), (dc + dp).item()], rel=1e-3)
-    assert ("loss_dp" in values) == (terms == 4) and values["empty"].item() == pytest.approx(1 / 6)
     assert values["std"].item() == pytest.approx(unit(t1).std(0, correction=0).mean().item(), rel=1e-3)
     plain = {name: x for name, x in values.items() if not torch.is_tensor(x)}  # a log takes them as they are
     assert plain == pytest.approx({"std_spread": D**-0.5} | ({"loss_chance": terms * math.log(21)} if terms else {}))
-    assert {type(x) for x in plain.values()} == {float} and {values[x].ndim for x in values.keys() - plain} == {0}
     if terms:  # 24 regions into a bank of 20: the last 20, oldest overwritten first
         stored = torch.cat([unit(t1)[20:], unit(t1)[4:20]])
         torch.testing.assert_close(method.bank.vectors, stored, rtol=1e-3, atol=1e-4)
     loss.backward()
     assert all(p.grad is None and not p.requires_grad for p in method.key.parameters())
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.query.parameters())
 
 
-@pytest.mark.parametrize("group", [32, 3])
+@pytest.mark.parametrize("group", [32, 4])
 def test_x3_is_composed_on_another_images_x2(group, monkeypatch):
-    """... of the same group. The distance changes from step to step."""
+    """... of the same group, each on another one. Over the steps on any."""
     monkeypatch.setattr(common, "GROUP", group)
     method, drawn, seen, of_first = build(), batch_of(6), [], set()
     monkeypatch.setattr(method, "teach", lambda step, *views: torch.randn(2, 6, 4, 128))
     x2, own = common.normalise(drawn.view_2), torch.arange(6)
-    for step in range(4):
+    groups = own.tensor_split(math.ceil(6 / group))
+    for step in range(30):
         method(lambda *views: seen.append(views[2]) or [(None, torch.randn(6, 4, 128))] * 3, drawn, step)
         x3, boxes = seen[step]
         same = ((x3[:, None] == x2) | drawn.mask_3[:, None, None]).flatten(2).all(2)  # (B, B), whose x2 the holes show
         other = same.int().argmax(1)
-        assert (same.sum(1) == 1).all() and (other != own).all() and (other // group == own // group).all()
+        assert (same.sum(1) == 1).all() and (other != own).all()
+        assert all({*other[rows].tolist()} == {*rows.tolist()} for rows in groups)
         assert torch.equal(x3, d3ssl.compose(x2, drawn.shift, drawn.mask_3, x2[other]))
         assert torch.equal(boxes, drawn.boxes_2 + drawn.shift.repeat(1, 2)[:, None])
         of_first.add(int(other[0]))
-    assert len(of_first) > 1
+    assert of_first == {*groups[0].tolist()} - {0}
 
 
 def test_health_values_against_a_count():
@@ -510,7 +462,6 @@ def test_health_values_against_a_count():
     shift = np.mean([math.hypot(*t) for t in drawn.shift.tolist()])
     want = {"proposals": 2, "empty": 2 / 6, "stuck": 1 / 6, "shift": shift, "std_spread": 8**-0.5}
     assert values == pytest.approx(want | {"std": z.numpy().reshape(2000, 8).std(0).mean()}, rel=1e-5)
-    assert values["std"] == pytest.approx(values["std_spread"], rel=0.03)  # evenly drawn
 
 
 @pytest.mark.parametrize("framework, name", [("moco", "region_contrastive_loss"), ("soco", "region_cosine_loss")])
@@ -544,7 +495,6 @@ def test_measure_compares_the_student_in_x1_with_the_teacher_in_x2(monkeypatch):
 def test_picture_shows_what_the_networks_compare(flags, monkeypatch):
     """The views as the networks get them, x3's mask, and cosines of the student's x3 (else x2-s) and the teacher's x2."""
     method, drawn, seen = build(*flags.split()), batch_of(6), []
-    make_teacher_differ(method)
     monkeypatch.setattr(look, "draw_regions", lambda *a: seen.append(a))
     method.draw("x.png", *drawn)
     ((path, views, mask, similarity),) = seen
@@ -562,11 +512,9 @@ def test_picture_shows_each_view_with_its_boxes_and_the_mask(tmp_path):
     """Plain views: the panels' colours, the colours of the boxes at their edges, the mask, the similarities."""
     side, gap, mask = 224, 6, torch.arange(88).view(1, 88, 1).expand(8, 88, 88) >= 44
     shades = dict(x1=(51, 88), x2=(102, 88), x2_s=(153, 44), x3=(204, 88))
-    corners = torch.tensor([[20.0, 30, 40, 70], [50, 10, 70, 30]]) / 88
-    views = {
-        name: (((shade / 255 - MEAN) / STD).expand(8, 3, size, size), (corners * size + i).expand(8, 2, 4))
-        for i, (name, (shade, size)) in enumerate(shades.items())
-    }
+    corners, views = torch.tensor([[20.0, 30, 40, 70], [50, 10, 70, 30]]) / 88, {}
+    for i, (name, (shade, size)) in enumerate(shades.items()):
+        views[name] = ((shade / 255 - MEAN) / STD).expand(8, 3, size, size), (corners * size + i).expand(8, 2, 4)
     similarity = torch.tensor([[0.9, 0.1], [0.3, 0.5]]).expand(8, 2, 2)
     look.draw_regions(tmp_path / "x.png", views, mask, similarity)
     sheet = Image.open(tmp_path / "x.png")
@@ -580,11 +528,6 @@ def test_picture_shows_each_view_with_its_boxes_and_the_mask(tmp_path):
     assert at(4, 112, 105) == (0, 0, 0) and at(4, 112, 119) == (255, 255, 255)
     brightness = [sum(at(5, x, y)[:2]) for y in (56, 168) for x in (56, 168)]
     assert np.argsort(brightness).tolist() == [1, 2, 3, 0]  # rows: the student's regions
-    look.draw_regions(tmp_path / "x.png", {"x1": views["x1"]}, None, similarity[:1])
-    assert Image.open(tmp_path / "x.png").size == (2 * (side + gap) + gap, side + gap + 20)
-
-
-# ---- data, settings
 
 
 def test_boxes_belong_to_the_image_that_is_read(tmp_path, monkeypatch):
@@ -635,12 +578,9 @@ def test_defaults_and_presets(fast, monkeypatch):
 
 
 REFUSED = {
-    "--proposals y": "give --data DIR (a folder of images), or --demo",
-    "--data photos": "give --proposals DIR, made by: python -m tools.proposals --data photos --out DIR",
     "--demo --size 225": "--size 225: must be even and at least 64",
     "--demo --size 62": "--size 62: must be even and at least 64",
     "--data x --proposals y --framework soco --depositioning": "--depositioning is a loss of D3SSL",
-    "--demo --ema 1.5": "argument --ema: 1.5: must be between 0 and 1",
     "--demo --temperature 0": "argument --temperature: 0: must be at least 0.001",
     "--demo --queue-size 0": "argument --queue-size: 0: must be at least 1",
     "--demo --augment rbj prc soco-cutout": "--augment prc soco-cutout: one takes the place of the other",
@@ -669,10 +609,5 @@ def test_socos_momentum_rises_over_the_schedule_and_not_over_a_start(photos, tin
     item = Image.new("RGB", (90, 70)), torch.tensor([[5.0, 5, 60, 65], [20, 10, 80, 60]])
     for function, augment in zip(views, (["prm", "soco-jitter"], []) * 2, strict=True):
         for i in range(5):
-            got, want = views_of(function, item, i), views_of(d3ssl.draw_views, item, i, size=96, augment=augment)
+            got, want = by(i, function, item), by(i, d3ssl.draw_views, item, size=96, augment=augment)
             assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
-
-
-def views_of(function, item, *key, **settings):
-    with common.drawing("reach", *key):
-        return function(item, **settings)

@@ -22,11 +22,10 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 import harness.run
 import harness.weights
 from common import UserError, number
+from harness.finetune import COLOURS
 from harness.pictures import progress
 from harness.scenes import CLASSES, LANDMARKS, MIN_SIZE, make_scene
 
-# Okabe-Ito's colours without black, and three more. Colour-blind readers have the names.
-COLOURS = "#E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7 #FFFFFF #999999 #AA4499".split()
 SKELETON = ((1, 2), (1, 3), (2, 4), (3, 4))  # COCO counts landmarks from 1
 
 
