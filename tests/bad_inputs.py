@@ -50,7 +50,7 @@ BAD = {
         "--task voc --data nowhere": "--data nowhere: no such folder; it must be a folder with VOC2007/",
         "--task voc07 --data {tmp}": "no such file; --data must be a folder with VOC2007/",
         "--task coco --data {tmp}": "no such folder of images",
-        "--task cityscapes --data {tmp}": "it must be a folder with leftImg8bit",
+        "--task cityscapes --data {tmp}": "must be a folder with leftImg8bit",
         "--task custom --train-json a.json": "--task custom wants --val-json",
         "--task custom --train-json a.json --val-json b.json --images {tmp}": "a.json: not a JSON file",
         "--task custom --train-json {tmp}/text --val-json b.json --images {tmp}": "text: not a JSON file",

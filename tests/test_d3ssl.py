@@ -38,10 +38,9 @@ def by(key, function, *args, **settings):
         return function(*args, **settings)
 
 
-def batched(items, **settings):
+def batched(items, size=SIZE, augment=AUGMENT, **more):
     """Drawn of each (image, proposals), with a leading dimension."""
-    settings = dict(size=SIZE, augment=AUGMENT) | settings
-    drawn = [by(i, d3ssl.draw_views, item, **settings) for i, item in enumerate(items)]
+    drawn = [by(i, d3ssl.draw_views, item, size, augment, **more) for i, item in enumerate(items)]
     return Drawn(*(torch.stack(x) for x in zip(*drawn, strict=True)))
 
 
@@ -95,9 +94,7 @@ def test_views_follow_the_recipe(monkeypatch):
 
 def test_colour_operations_and_their_shares(monkeypatch):
     """MoCo-v2's, in its order: jitter 0.8, grey 0.2, blur 0.5, flip last."""
-    seen, radii, runs = record_operations(monkeypatch, "hflip"), [], []
-    blurred = Image.Image.filter
-    monkeypatch.setattr(Image.Image, "filter", lambda view, blur: radii.append(blur.radius) or blurred(view, blur))
+    seen, runs = record_operations(monkeypatch, "hflip"), []
     for i in range(500):
         seen.clear()
         by(i, d3ssl.distorted_view, Image.new("RGB", (40, 40)), torch.tensor([0.0, 0, 40, 40]), 32)
@@ -106,7 +103,6 @@ def test_colour_operations_and_their_shares(monkeypatch):
     assert all(run == [name for name in order if name in run] for run in runs)
     shares = np.array([np.mean([name in run for run in runs]) for name in order])
     assert np.abs(shares - (0.8, 0.2, 0.5, 0.5)).max() < 0.07
-    assert 0.1 <= min(radii) < 0.15 and 1.9 < max(radii) <= 2 and abs(np.mean(radii) - 1.05) < 0.1
 
 
 WHOLE, CROP = torch.tensor([[0.0, 0, 200, 200], [50, 50, 150, 150]])
@@ -376,8 +372,8 @@ def test_batch_statistics_are_the_groups_own(framework, groups, monkeypatch):
     x, boxes = common.normalise(drawn.view_1), drawn.boxes_1
     (whole,) = encoder((x, boxes))
     for rows in torch.arange(6).split(groups):
-        for got, want in zip(whole, encoder.encode(x[rows], boxes[rows]), strict=True):
-            torch.testing.assert_close(got[rows], want, rtol=1e-4, atol=1e-5)
+        got = tuple(part[rows] for part in whole)
+        torch.testing.assert_close(got, tuple(encoder.encode(x[rows], boxes[rows])), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("flags, m, terms, D", [
@@ -392,7 +388,6 @@ def test_iteration_by_hand(flags, m, terms, D, monkeypatch):
     students, teachers, forward = [], [], method.key.forward
     monkeypatch.setattr(method.key, "forward", lambda *views: teachers.append(views) or forward(*views))
     loss, values = method(lambda *views: students.append(views) or method.query(*views), drawn, 2)
-
     x1, x2 = ((v / 255 - MEAN) / STD for v in (drawn.view_1, drawn.view_2))
     hat_1, small = torch.where(drawn.keep_1[:, None], x1, 0), x2.view(6, 3, 32, 2, 32, 2).mean((3, 5))
     hat_2s = torch.where(drawn.keep_2[:, None], small, 0)
@@ -402,7 +397,6 @@ def test_iteration_by_hand(flags, m, terms, D, monkeypatch):
     for pair in zip((*students[0][:2], *teachers[0]), wanted, strict=True):
         torch.testing.assert_close(*map(list, pair), rtol=1e-5, atol=1e-5)
     assert len(students) == len(teachers) == 1 and len(students[0]) == 2 + (terms == 4)
-
     student = dict(method.query.named_parameters())
     for name, p in method.key.named_parameters():  # it follows, then it encodes
         torch.testing.assert_close(p, m * before[name] + (1 - m) * student[name], rtol=1e-6, atol=1e-9)
@@ -437,14 +431,13 @@ def test_x3_is_composed_on_another_images_x2(group, monkeypatch):
     monkeypatch.setattr(common, "GROUP", group)
     method, drawn, seen, of_first = build(), batch_of(6), [], set()
     monkeypatch.setattr(method, "teach", lambda step, *views: torch.randn(2, 6, 4, 128))
-    x2, own = common.normalise(drawn.view_2), torch.arange(6)
-    groups = own.tensor_split(math.ceil(6 / group))
+    x2, groups = common.normalise(drawn.view_2), torch.arange(6).tensor_split(math.ceil(6 / group))
     for step in range(30):
         method(lambda *views: seen.append(views[2]) or [(None, torch.randn(6, 4, 128))] * 3, drawn, step)
         x3, boxes = seen[step]
         same = ((x3[:, None] == x2) | drawn.mask_3[:, None, None]).flatten(2).all(2)  # (B, B), whose x2 the holes show
         other = same.int().argmax(1)
-        assert (same.sum(1) == 1).all() and (other != own).all()
+        assert (same.sum(1) == 1).all() and not same.diagonal().any()
         assert all({*other[rows].tolist()} == {*rows.tolist()} for rows in groups)
         assert torch.equal(x3, d3ssl.compose(x2, drawn.shift, drawn.mask_3, x2[other]))
         assert torch.equal(boxes, drawn.boxes_2 + drawn.shift.repeat(1, 2)[:, None])
@@ -546,9 +539,9 @@ def test_boxes_belong_to_the_image_that_is_read(tmp_path, monkeypatch):
         assert image.width == width and boxes.tolist() == [[0, 0, width, 40]] and boxes.dtype == torch.float32
         assert passed == (index == 1)
     assert data.images.fingerprint() in data.fingerprint() and "5 boxes" in data.fingerprint()
-    data = proposals.WithProposals(images.Scenes(7, 48, 3), SimpleNamespace(check=lambda images: None))
-    image, boxes = data.probe(2)
-    scene = images.Scenes(7, 48, 3).scene(9)  # beyond the seven that are trained on
+    scenes = images.Scenes(7, 48, 3)
+    image, boxes = proposals.WithProposals(scenes, SimpleNamespace(check=lambda images: None)).probe(2)
+    scene = scenes.scene(9)  # beyond the seven that are trained on
     assert np.array_equal(np.asarray(image), scene["image"]) and boxes.tolist() == scene["boxes"].tolist()
 
 
@@ -582,7 +575,6 @@ REFUSED = {
     "--demo --size 62": "--size 62: must be even and at least 64",
     "--data x --proposals y --framework soco --depositioning": "--depositioning is a loss of D3SSL",
     "--demo --temperature 0": "argument --temperature: 0: must be at least 0.001",
-    "--demo --queue-size 0": "argument --queue-size: 0: must be at least 1",
     "--demo --augment rbj prc soco-cutout": "--augment prc soco-cutout: one takes the place of the other",
     "--demo --augment prm-erase prm": "--augment prm prm-erase: one takes the place of the other",
     "--demo --framework soco --augment soco-jitter rbj": "--augment rbj soco-jitter: one takes the place of the other",

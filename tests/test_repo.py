@@ -341,7 +341,7 @@ def test_imports_go_one_way(name):
 
 BUDGETS = {  # lines of all files of a pattern together
     **dict.fromkeys(METHODS, 570), "common.py": 290, "README.md": 300, "transfer_det.py": 1180, "transfer_seg.py": 760,
-    "harness/*.py": 1900, "probes/*.py": 850, "tools/*.py": 850, "bench/*.py": 260, "tests/**/*.py": 6900,
+    "harness/*.py": 2600, "probes/*.py": 850, "tools/*.py": 850, "bench/*.py": 260, "tests/**/*.py": 7700,
 }  # fmt: skip
 
 
